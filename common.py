@@ -1,0 +1,1108 @@
+"""What the four method scripts share; whatever has an equation number stands in its paper's script.
+
+Sections, in the order in which a script uses them:
+command line / CLIP / data / train / predict / metrics / results.
+
+Shapes, in every file: B batch, N samples, C classes, D features, M stored failures, T templates.
+`config` is a script's Config: the functions here read only the fields that all scripts have.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+EMBEDDED = HERE / "data"  # the digits, their prompts, the tiny CLIP
+
+
+class InputError(ValueError):
+    """The user gave something wrong: what was found, what was expected, the next step."""
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def arg(default, text, choices=""):
+    """One field of a script's `Config`: default, help text, allowed values."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices.split()})
+
+
+def parse(Config, argv, doc):
+    """Command line -> Config; types come from the annotations. `.given`: what the user named."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        options = {"help": text, "default": argparse.SUPPRESS, "dest": f.name}
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": f.type, "choices": f.metadata["choices"] or None}
+            options["metavar"] = "|".join(f.metadata["choices"]) or f.name.upper()
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    config.given = set(given)
+    return config
+
+
+def apply_preset(config, kind, presets):
+    """Set the preset's values for this kind of data, except what the user gave; say so."""
+    preset = {k: v for k, v in presets.get(kind, {}).items() if k not in config.given}
+    for name, value in preset.items():
+        setattr(config, name, value)
+    if preset:
+        print(f"preset {kind}: " + ", ".join(f"{k} {v}" for k, v in preset.items()))
+
+
+def choose(text, known, flag):
+    """'a,b' -> ['a', 'b'], all of them in `known`, or InputError with the nearest known name."""
+    words = [w.strip() for w in text.split(",") if w.strip()]
+    for w in words:
+        if w not in known:
+            hint = did_you_mean(w, known)
+            raise InputError(f"{flag}: there is no {w!r}{hint}; known are {', '.join(known)}")
+    return words
+
+
+def run(main):
+    """Call a script's main: an InputError becomes its sentence and exit code 2, Ctrl-C 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def did_you_mean(word, known):
+    """'; did you mean X?' when a known word is near, else ''."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def pick_device(name="auto"):
+    """'auto' -> cuda > mps > cpu, asked only now; anything else is handed to torch."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not usable here ({reason}); try auto") from error
+
+
+def set_seed(seed):
+    """Python, numpy and torch. Data order and augmentation have their own seeds (see `batches`)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def hash_of(*things):
+    """Short stable hash of tensors, arrays, state dicts, numbers, strings (nested): cache keys."""
+    digest = hashlib.blake2b(digest_size=10)
+
+    def add(x):
+        if isinstance(x, torch.Tensor):
+            x = x.detach().cpu().contiguous()
+            add([str(x.dtype), list(x.shape)])
+            digest.update(x.reshape(-1).view(torch.uint8).numpy() if x.numel() else b"")
+        elif isinstance(x, np.ndarray):
+            add(torch.from_numpy(np.ascontiguousarray(x)))
+        elif isinstance(x, dict):
+            for k in sorted(x, key=str):
+                add([str(k), x[k]])
+        elif isinstance(x, (list, tuple)):
+            digest.update(b"[")
+            for y in x:
+                add(y)
+            digest.update(b"]")
+        else:
+            digest.update(f"{type(x).__name__}:{x}\0".encode())
+
+    add(things)
+    return digest.hexdigest()
+
+
+# --- CLIP -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clip:
+    """A CLIP model (open_clip's class, fp32) with what is needed to feed it."""
+
+    model: nn.Module
+    tokenizer: object
+    name: str
+    quick_gelu: bool
+    size: int  # pixels
+    mean: tuple
+    std: tuple
+
+    @property
+    def image_key(self):
+        """What the images go through, for cache keys."""
+        return [self.size, self.mean, self.std]
+
+
+class Classifier(nn.Module):
+    """Image encoder and linear head: images [B, 3, H, W] -> raw features [B, D], logits [B, C].
+
+    The head sees L2-normalised features, and its rows start as the text embeddings times
+    exp(logit_scale): zero-shot and fine-tuned models are one module with different numbers. Logits
+    are fp32 under any autocast.
+    """
+
+    def __init__(self, visual, weight):
+        super().__init__()
+        self.visual = visual
+        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.zero_()
+
+    def classify(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(F.normalize(features.float(), dim=-1))
+
+    def forward(self, images):
+        features = self.visual(images)
+        return features, self.classify(features)
+
+
+def load_clip(config):
+    """Clip by config.model, .pretrained (an open_clip tag, or "random"), .weights (a local file
+    instead), .quick_gelu ("auto": by the tag's entry, by our checkpoint's record, or yes for files
+    in OpenAI's form), .trust_checkpoint. Raises InputError for unknown names and unfit files.
+    """
+    import open_clip
+
+    name, tag, path = config.model, config.pretrained, config.weights
+    if (EMBEDDED / f"{name}.json").is_file():
+        open_clip.add_model_config(EMBEDDED / f"{name}.json")
+    if name not in open_clip.list_models():
+        hint = did_you_mean(name, open_clip.list_models())
+        raise InputError(
+            f"--model: open_clip has no {name!r}{hint}; open_clip.list_models() has all"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not path and tag not in ("random", *tags):
+        hint = did_you_mean(tag, tags)
+        raise InputError(f"--pretrained: {name} has no {tag!r}{hint}; it has {', '.join(tags)}")
+    state, said = read_weights(path, config.trust_checkpoint) if path else (None, {})
+    said = said if path else open_clip.get_pretrained_cfg(name, tag) or {}
+    source = bool(said.get("quick_gelu", "quickgelu" in name))
+    gelu = {"auto": source, "yes": True, "no": False}[config.quick_gelu]
+    download = None if path or tag == "random" else tag
+    options = {"force_quick_gelu": gelu, "pretrained_text": False}
+    try:
+        model = open_clip.create_model(name, pretrained=download, **options).float().eval()
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        cure = "without a network, get the file elsewhere and pass --weights PATH"
+        raise InputError(f"could not get {name} / {tag} ({reason}); {cure}") from error
+    if state is not None:
+        load_matching(model, state, path)
+    size = model.visual.image_size
+    size = size[0] if isinstance(size, (tuple, list)) else size
+    count = sum(p.numel() for p in model.visual.parameters()) / 1e6
+    activation = "QuickGELU" if gelu else "GELU"
+    print(f"CLIP: {name} from {path or tag}; {count:.1f} M image parameters, {activation}, fp32")
+    mean, std = tuple(model.visual.image_mean), tuple(model.visual.image_std)
+    return Clip(model, open_clip.get_tokenizer(name), name, gelu, size, mean, std)
+
+
+def load_matching(model, state, path):
+    """load_state_dict that answers in one sentence when names or shapes differ."""
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        from open_clip.model import convert_to_custom_text_state_dict
+
+        state = convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    scalars = [k for k in own if k in state and state[k].numel() == own[k].numel() == 1]
+    state = state | {k: state[k].reshape(own[k].shape) for k in scalars}
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong or missing:
+        k = (wrong or missing)[0]
+        found = f"{tuple(state[k].shape)}" if wrong else "nothing"
+        raise InputError(
+            f"{path} does not fit this model: {len(missing)} of {len(own)} tensors are missing,"
+            f" {len(wrong)} have another shape; {k} should be {tuple(own[k].shape)}, found {found};"
+            " check --model"
+        )
+    model.load_state_dict({k: state[k] for k in own})
+
+
+class Opaque:
+    """Stands in for a foreign class while a pickle is read: keeps attributes, runs nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+
+def read_weights(path, trust=False):
+    """{name: tensor} and {key: value} of what else is said, from any checkpoint that people have.
+
+    Reads .safetensors, .npz, state dicts (plain, or under "state_dict" or "model"), OpenAI's
+    TorchScript .pt, and modules pickled whole as wise-ft and FLYP do: their tensors are collected
+    by torch's restricted unpickler, with `Opaque` for every class that it does not know, so that no
+    foreign code is imported or run. What even that refuses is refused here, unless `trust`.
+    What stands before "visual." (module., model., image_encoder.model.) is dropped; a head becomes
+    head.weight, head.bias. Raises InputError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hint = did_you_mean(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+        raise InputError(f"no weights at {path}{hint}; expected .pt, .bin, .safetensors or .npz")
+    raw, said = {}, {}
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            raw = load_file(path)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                raw = {k: torch.from_numpy(file[k]) for k in file.files}
+        else:
+            raw, said = read_torch_file(path, trust)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way; the answer is the same
+        raise InputError(f"{path} is no readable checkpoint ({first_line(error)})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(raw, dict) and isinstance(raw.get(key), (dict, Opaque, nn.Module)):
+            said |= {k: v for k, v in raw.items() if isinstance(v, (str, int, float))}
+            raw = raw[key]
+    state = tensors_in(raw)
+    image = next((k for k in state if "visual." in k), None)
+    if image is None:
+        raise InputError(f"{path}: none of its {len(state)} tensors is an image tower's (visual.*)")
+    prefix, named = image[: image.index("visual.")], {}
+    for k, v in state.items():
+        head = re.fullmatch(r"(?:module\.)?(?:classification_)?head\.(weight|bias)", k)
+        if head or k.startswith(prefix):
+            named["head." + head[1] if head else k.removeprefix(prefix)] = v
+    if "input_resolution" in named:  # in OpenAI's own files only, whose models use QuickGELU
+        said.setdefault("quick_gelu", True)
+    return {k: v.float() for k, v in named.items() if v.is_floating_point()}, said
+
+
+def read_torch_file(path, trust):
+    """torch.load without foreign code: what it holds, {"quick_gelu": ...} if the file shows it."""
+    import warnings
+    import zipfile
+
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    if trust:
+        return torch.load(path, map_location="cpu", weights_only=False), {}
+    if not zipfile.is_zipfile(path):  # torch's form before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True), {}
+    with zipfile.ZipFile(path) as archive:
+        script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    if script:
+        with warnings.catch_warnings():  # TorchScript is old, but it is what OpenAI publishes
+            warnings.simplefilter("ignore", FutureWarning)
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        return dict(state), {"quick_gelu": True} if "input_resolution" in state else {}
+    foreign = get_unsafe_globals_in_checkpoint(path)
+    try:
+        with safe_globals([(type("Opaque", (Opaque,), {}), name) for name in foreign]):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever it tripped over, it was not plain data
+        names = ", ".join(sorted(foreign)[:4]) or first_line(error)
+        cure = "if you trust its author like a program's, pass --trust-checkpoint"
+        raise InputError(f"{path} must run code to be read ({names}); refused; {cure}") from error
+    quick = any(name.endswith("QuickGELU") for name in foreign)
+    return raw, {"quick_gelu": True} if quick else {}
+
+
+def tensors_in(x, prefix=""):
+    """{dotted name: tensor} of a state dict, or of a (stood-in) module's parameters and buffers."""
+    if isinstance(x, torch.Tensor):
+        return {prefix[:-1]: x.detach()}
+    if isinstance(x, nn.Module):
+        return dict(x.state_dict())
+    if isinstance(x, Opaque):
+        parts = [vars(x).get(k) or {} for k in ("_parameters", "_buffers", "_modules")]
+        x = {k: v for part in parts for k, v in part.items()}
+    if not isinstance(x, dict):
+        return {}
+    parts = [tensors_in(value, f"{prefix}{key}.") for key, value in x.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+@torch.no_grad()
+def zero_shot_head(clip, classes, templates, device="cpu"):
+    """[C, D]: embed templates x names, normalise, mean, normalise, times exp(logit_scale)."""
+    import open_clip
+
+    model = clip.model.to(device).eval()
+    args = model, clip.tokenizer, classes, templates
+    head = open_clip.build_zero_shot_classifier(*args, device=device)
+    print(f"zero-shot head: {len(classes)} names x {len(templates)} prompts")
+    return (head.T * model.logit_scale.exp()).float()
+
+
+# --- data -----------------------------------------------------------------------------------------
+# Where the public data sets lie on disk, and their class maps: data/trees.py.
+
+
+@dataclass
+class Split:
+    """One set of images: files in class folders, or one embedded array."""
+
+    name: str  # "ImageNet-R", "val", "STL-10" ...
+    path: str  # where it was found, for the table and the errors
+    images: list | np.ndarray  # file paths, or uint8 [N, H, W] / [N, H, W, 3]
+    labels: torch.Tensor  # [N] int64, index into the set's own classes (after `project`)
+    groups: list[list[int]] | None = None  # set class -> training class ids; None: all classes
+    border: int = 0  # pixels cut off each side first (ObjectNet: 2)
+    expected: int | None = None  # published number of images
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Hash of file names (or pixels, of arrays), labels and class map, for cache keys."""
+        return hash_of(self.images, self.labels, self.groups, self.border)
+
+
+@dataclass
+class Data:
+    """The sets of one study. A class *is* its index: two of ImageNet's are named "missile"."""
+
+    kind: str  # "digits", "imagenet", "cifar10", "entity30" or "folder"
+    classes: list[str]  # prompt names, in the order of the training labels
+    templates: list[str]  # format strings with {}
+    train: Split
+    val: Split  # in-distribution, for selection
+    test: Split  # in-distribution, for reporting
+    shifts: list[Split]
+    missing: list[str]  # usual shift sets that were not found
+
+
+def project(logits, groups):
+    """Logits of a set's own classes, the max over each group of ids.  [B, C] -> [B, len(groups)]
+
+    Before the softmax: classes that cannot occur must not take probability.
+    """
+    if groups is None:
+        return logits
+    if all(len(ids) == 1 for ids in groups):
+        return logits[:, [ids[0] for ids in groups]]
+    width = max(map(len, groups))
+    padded = [ids + ids[:1] * (width - len(ids)) for ids in groups]  # a repeat keeps the max
+    return logits[:, torch.tensor(padded, device=logits.device)].amax(dim=-1)
+
+
+class Images(torch.utils.data.Dataset):
+    """(image, label, index) of a Split. An unreadable file is an InputError, or None if skipped.
+
+    An item is (index, seed): the transform draws from torch's generator under that seed, so that a
+    random crop depends neither on the number of workers nor on what was drawn before.
+    """
+
+    def __init__(self, split, transform, skip_bad=False):
+        self.split, self.transform, self.skip_bad = split, transform, skip_bad
+
+    def __len__(self):
+        return len(self.split.images)
+
+    def __getitem__(self, item):
+        index, seed = item
+        source, border = self.split.images[index], self.split.border
+        try:
+            image = read_rgb(source)
+        except Exception as error:  # PIL has a dozen types for damaged files
+            if self.skip_bad:
+                return None
+            empty = os.path.isfile(source) and not os.path.getsize(source)
+            raise InputError(
+                f"{source} cannot be read as an image: {'the file is empty' if empty else error}. "
+                "Restore the file, or leave such files out with --skip-bad-images."
+            ) from error
+        if border:
+            image = image.crop((border, border, image.width - border, image.height - border))
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds GPUs: 0.3 ms
+        image = self.transform(image)
+        torch.set_rng_state(state)
+        return image, int(self.split.labels[index]), index
+
+
+def read_rgb(source):
+    """A file or uint8 array as PIL RGB. Alpha is dropped and EXIF ignored, as CLIP's code does."""
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    with Image.open(source) as image:
+        if image.mode.startswith("I"):  # 16-bit grey: PIL's conversion would clip, not scale
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def collate(batch):
+    """Stacks what Images gave, without the skipped; None if nothing is left."""
+    batch = [item for item in batch if item is not None]
+    if not batch:
+        return None
+    images, labels, index = zip(*batch, strict=True)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(index)
+
+
+def train_transform(size, mean, std):
+    """The recipe's only augmentation: a random crop of 90 to 100 % of the area, no flip."""
+    from torchvision import transforms as t
+
+    crop = t.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=t.InterpolationMode.BICUBIC)
+    return t.Compose([crop, t.ToTensor(), t.Normalize(mean, std)])
+
+
+def eval_transform(size, mean, std):
+    """CLIP's: short side to `size`, bicubic, centre crop. A size x size image keeps its pixels."""
+    from torchvision import transforms as t
+
+    resize = t.Resize(size, interpolation=t.InterpolationMode.BICUBIC)
+    return t.Compose([resize, t.CenterCrop(size), t.ToTensor(), t.Normalize(mean, std)])
+
+
+def open_data(path="digits", val_fraction=0.02, select_on_test=False, seed=0):
+    """What --data names: `digits`, a folder, or `entity30:FOLDER` with an ImageNet tree in FOLDER.
+
+    Differs (A10): the paper does not define its validation set and its code selects on the images
+    that it reports. Here a set without val/ of its own gives up a stratified, seeded share of its
+    training images; select_on_test=True does as the code does.
+    """
+    from data import trees
+
+    data = trees.find(str(path))
+    if select_on_test:
+        data.val = data.test
+    elif data.val is None:
+        data.train, data.val = hold_out(data.train, val_fraction, seed)
+    return data
+
+
+def describe(data):
+    """The table printed before any work: what was found where, what is missing, what looks wrong."""
+    rows, notes = [("set", "path", "images", "classes", "expected")], []
+    for s in (data.train, data.val, data.test, *data.shifts):
+        n, classes = len(s.images), len(data.classes if s.groups is None else s.groups)
+        rows.append(
+            (s.name, s.path, f"{n:,}", f"{classes}", f"{s.expected:,}" if s.expected else "-")
+        )
+        if s.expected and n != s.expected:
+            gap = (
+                f"{s.expected - n:,} missing" if n < s.expected else f"{n - s.expected:,} too many"
+            )
+            notes.append(
+                f"WARNING: {s.name} has {n:,} images, not the published {s.expected:,} ({gap}). "
+                "Do not compare its numbers with published ones; unpack the archive again."
+            )
+    if data.val is data.test:
+        notes.append("val is the test set: selection sees the reported images.")
+    if data.kind == "imagenet" and len(data.classes) < 1000:
+        notes.append(
+            f"train/ has {len(data.classes)} of ImageNet's 1000 classes: all sets are cut down to "
+            "them, and published image counts do not apply."
+        )
+    for name in data.missing:
+        notes.append(f"MISSING: {name}, not evaluated; expected in the data folder or beside it.")
+    width = [max(len(row[i]) for row in rows) for i in range(5)]
+    form = "{:<%d}  {:<%d}  {:>%d}  {:>%d}  {:>%d}" % tuple(width)  # noqa: UP031
+    return "\n".join([form.format(*row) for row in rows] + notes)
+
+
+def hold_out(train, fraction, seed):
+    """(rest, held out): a seeded share of every class, at least one image of a class with two."""
+    if not 0 < fraction < 1:
+        raise InputError(f"The validation share is {fraction}, but must lie between 0 and 1.")
+    labels, counts = train.labels.numpy(), np.bincount(train.labels)
+    mixed = np.random.default_rng(seed).permutation(len(labels))
+    mixed = mixed[np.argsort(labels[mixed], kind="stable")]  # class by class, each still mixed
+    place = np.arange(len(labels)) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )  # within the class
+    quota = np.clip(np.rint(fraction * counts), 1, counts - 1)
+    held = np.isin(np.arange(len(labels)), mixed[place < np.repeat(quota, counts)])
+    if not held.any():
+        raise InputError(f"{train.path} has one image per class, none to hold out. Add a val/.")
+
+    def take(mask, **changes):
+        kept = np.flatnonzero(mask)
+        images = train.images
+        images = images[kept] if isinstance(images, np.ndarray) else [images[i] for i in kept]
+        return dataclasses.replace(train, images=images, labels=train.labels[kept], **changes)
+
+    expected = train.expected and train.expected - int(held.sum())
+    where = f"{train.path} (held-out {fraction:.0%})"
+    return take(~held, expected=expected), take(held, name="val", path=where, expected=None)
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def warmup_cosine(step, warmup, total):
+    """Factor on the learning rate at `step`, from 0: (step + 1) / warmup, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def batches(n, batch, steps, seed, first=0):
+    """Yield [(index, augmentation seed), ...] for every step from `first`.
+
+    Step t depends on (n, batch, seed, t) alone, so that a resumed run, with any number of workers,
+    sees the same crops of the same images. An epoch is a permutation; its last batch may be short.
+    """
+    per_epoch, order, order_of = math.ceil(n / batch), None, -1
+    for step in range(first, steps):
+        epoch, i = divmod(step, per_epoch)
+        if epoch != order_of:
+            order, order_of = np.random.default_rng([seed, epoch]).permutation(n), epoch
+        indices = order[i * batch : (i + 1) * batch].tolist()
+        yield [(j, ((seed * 1_000_003 + epoch) * 2_147_483_647 + j) % 2**63) for j in indices]
+
+
+def load_images(split, transform, order, config):
+    """DataLoader of (images [B, 3, H, W], labels [B], index [B]) for lists of (index, seed)."""
+    return torch.utils.data.DataLoader(
+        Images(split, transform, config.skip_bad_images),
+        batch_sampler=order,
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="forkserver" if config.workers else None,  # fork and threads hang
+    )
+
+
+def to_device(batch, device):
+    return tuple(x.to(device, non_blocking=True) for x in batch)
+
+
+def autocast(device, precision):
+    """fp32: off; bf16, fp16: torch's autocast over fp32 weights."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Yields a list whose item Ctrl-C sets to True, so that the step is finished; twice stops."""
+    asked = [False]
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handler(number, frame):
+        asked[0] = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def fit(
+    module,
+    loss_fn,
+    batches_from,
+    optimiser,
+    *,
+    steps,
+    save_every=0,
+    warmup=0,
+    clip=0.0,
+    precision="fp32",
+    path=None,
+    said=None,
+    resume=True,
+    name="fit",
+):
+    """Train `module` in place: learning rates times `warmup_cosine`, gradient clip, autocast.
+
+    loss_fn(batch) -> scalar. batches_from(first) -> iterator of tuples of tensors from step `first`.
+    path: checkpoint, written every `save_every` steps, on Ctrl-C and at the end; with `resume` an
+    unfinished one is continued bit for bit, a finished one read and not trained again. `said`: what
+    else to keep in it (numbers, strings). Raises InputError when the loss is not finite.
+    """
+    from tqdm import tqdm
+
+    device = next(module.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    first = restore(path, module, optimiser, scaler, steps, name) if path and resume else 0
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    module.train()
+    with ctrl_c() as asked, tqdm(total=steps, initial=first, desc=name, leave=False) as bar:
+        for step, batch in enumerate(batches_from(first) if first < steps else (), first):
+            for group in optimiser.param_groups:
+                base = group.setdefault("initial_lr", group["lr"])
+                group["lr"] = base * warmup_cosine(step, warmup, steps)
+            if batch is not None:  # None: not one image of the batch was readable
+                with autocast(device, precision):
+                    loss = loss_fn(to_device(batch, device))
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimiser)
+                if clip:
+                    nn.utils.clip_grad_norm_(trained, clip)
+                scaler.step(optimiser)
+                scaler.update()
+                optimiser.zero_grad(set_to_none=True)
+            bar.update()
+            done = step + 1
+            save = done == steps or asked[0] or (save_every and done % save_every == 0)
+            if batch is not None and (save or step % 10 == 0):  # reading the loss waits for the GPU
+                value = loss.item()
+                if not math.isfinite(value):
+                    kept = f"; {path} is from before" if path and Path(path).is_file() else ""
+                    cure = "lower the learning rate, or use --precision fp32"
+                    raise InputError(f"{name}: the loss is {value} at step {step}; {cure}{kept}")
+                rate = len(batch[0]) * (bar.format_dict["rate"] or 0)
+                bar.set_postfix_str(f"loss {value:.3f}, lr {group['lr']:.1e}, {rate:.0f} images/s")
+            if save and path:
+                payload = {
+                    "model": module.state_dict(),
+                    "step": done,
+                    "steps": steps,
+                    **(said or {}),
+                }
+                if done < steps:
+                    payload |= {"optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+                    payload |= {"rng": torch.get_rng_state(), "rng_device": device_rng(device)}
+                try_write(path, functools.partial(torch.save, payload))
+            if asked[0] and done < steps:
+                raise KeyboardInterrupt
+    module.eval()
+
+
+def device_rng(device):
+    cuda = device.type == "cuda"
+    return torch.cuda.get_rng_state(device) if cuda else torch.empty(0, dtype=torch.uint8)
+
+
+def restore(path, module, optimiser, scaler, steps, name):
+    """Read a checkpoint of `fit`, if there is one; returns the number of finished steps."""
+    if not Path(path).is_file():
+        return 0
+    saved = load_tensors(path)
+    if saved.get("steps") != steps:
+        raise InputError(f"{path} is of {saved.get('steps')} steps, not {steps}; use another --out")
+    load_matching(module, saved["model"], path)
+    if saved["step"] == steps:
+        print(f"{name}: trained before, read from {path}")
+        return steps
+    optimiser.load_state_dict(saved["optimiser"])
+    scaler.load_state_dict(saved["scaler"])
+    torch.set_rng_state(saved["rng"])
+    if len(saved["rng_device"]):
+        torch.cuda.set_rng_state(saved["rng_device"])
+    print(f"{name}: continues {path} at step {saved['step']} of {steps}")
+    return saved["step"]
+
+
+def fine_tune(config, name, model, split, clip, lr, seed):
+    """Train all of a Classifier on images with cross-entropy, by the fields of a script's Config."""
+    transform = train_transform(clip.size, clip.mean, clip.std)
+    n, steps = len(split.labels), steps_of(config, split)
+
+    def batches_from(first):
+        order = batches(n, config.batch, steps, seed, first)
+        return load_images(split, transform, order, config)
+
+    def loss_fn(batch):
+        return F.cross_entropy(model(batch[0])[1], batch[1])
+
+    parameters = list(model.parameters())
+    train_by(config, name, model, parameters, loss_fn, batches_from, split, clip, lr, seed)
+
+
+def linear_probe(config, name, model, split, clip, lr, seed):
+    """The same for the head alone, on cached features of the test transform."""
+    features, labels = frozen_features(config, model, split, clip)
+    steps = config.epochs * math.ceil(len(labels) / config.batch)
+
+    def batches_from(first):
+        for rows in batches(len(labels), config.batch, steps, seed, first):
+            index = torch.tensor([i for i, _ in rows])
+            yield features[index], labels[index]
+
+    def loss_fn(batch):
+        return F.cross_entropy(model.classify(batch[0]), batch[1])
+
+    parameters = list(model.head.parameters())
+    train_by(config, name, model, parameters, loss_fn, batches_from, split, clip, lr, seed)
+
+
+def steps_of(config, split):
+    return config.epochs * math.ceil(len(split.labels) / config.batch)
+
+
+def train_by(config, name, model, parameters, loss_fn, batches_from, split, clip, lr, seed):
+    """`fit` with AdamW; the checkpoint's name is a hash of start, data and every number used."""
+    fields = ("epochs", "batch", "weight_decay", "warmup", "clip", "precision")
+    said = {k: getattr(config, k) for k in fields} | {"name": name, "lr": lr, "seed": seed}
+    said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu}
+    key = hash_of(model.state_dict(), split.fingerprint, clip.image_key, said)
+    steps = steps_of(config, split)
+    set_seed(seed)
+    fit(
+        model,
+        loss_fn,
+        batches_from,
+        torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay),
+        steps=steps,
+        save_every=steps // config.epochs,
+        warmup=config.warmup,
+        clip=config.clip,
+        precision=config.precision,
+        path=Path(config.out) / "checkpoints" / f"{slug(name)}-{key}.pt",
+        said=said,
+        resume=config.resume,
+        name=name,
+    )
+
+
+def try_write(path, write):
+    """Call write(temporary name), fsync, rename: readers see the old file or the new, never a part.
+
+    A full disk or a read-only folder costs the file and not the run, and is said.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        print(f"could not write {path} ({first_line(error)}); going on without", file=sys.stderr)
+
+
+def load_tensors(path):
+    """One of our own files: tensors, numbers and strings only."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated or foreign: torch raises many types
+        raise InputError(
+            f"{path} is damaged ({first_line(error)}); delete it, run again"
+        ) from error
+
+
+# --- predict --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prediction:
+    """One model on one split: features [N, D], logits of the split's classes [N, C], labels [N]."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def right(self):
+        return self.logits.argmax(1) == self.labels
+
+
+@torch.inference_mode()
+def forward(config, models, split, clip):
+    """One pass over the images for all models: every file is decoded once.
+
+    Yields, in index order and on the CPU in fp32, (index [B], labels [B], {name: (raw features
+    [B, D], logits of the split's classes [B, C])}).
+    """
+    from tqdm import tqdm
+
+    device = next(next(iter(models.values())).parameters()).device
+    n, b = len(split.labels), config.batch
+    order = [[(j, 0) for j in range(i, min(i + b, n))] for i in range(0, n, b)]
+    transform, seen = eval_transform(clip.size, clip.mean, clip.std), 0
+    for model in models.values():
+        model.eval()
+    images_of = load_images(split, transform, order, config)
+    for batch in tqdm(images_of, desc=split.name, unit="batch", leave=False, delay=2):
+        if batch is None:
+            continue
+        images, labels, index = to_device(batch, device)
+        out = {}
+        with autocast(device, config.precision):
+            for name, model in models.items():
+                features, logits = model(images)
+                out[name] = features.float().cpu(), project(logits, split.groups).cpu()
+        seen += len(index)
+        yield index.cpu(), labels.cpu(), out
+    if seen < n:
+        print(f"{split.name}: {n - seen} of {n} images are unreadable, left out", file=sys.stderr)
+
+
+def predict(config, models, split, clip):
+    """{name: Prediction}; what the cache has from the same weights and images is not run again.
+
+    Raises InputError if models disagree about the images: a file changed under the cache.
+    """
+    key = [split.fingerprint, clip.image_key, config.precision]
+    cache = Path(config.out) / "cache"
+    path = {
+        n: cache / f"{slug(split.name)}-{hash_of(m.state_dict(), key)}.pt"
+        for n, m in models.items()
+    }
+    found = {n: read_cache(p) for n, p in path.items()}
+    if todo := {n: m for n, m in models.items() if found[n] is None}:
+        parts = {n: [] for n in todo}
+        for index, labels, out in forward(config, todo, split, clip):
+            for n in todo:
+                parts[n].append((*out[n], labels, index))
+        for n in todo:
+            columns = map(torch.cat, zip(*parts[n], strict=True))
+            found[n] = dict(zip(("features", "logits", "labels", "index"), columns, strict=True))
+            try_write(path[n], functools.partial(torch.save, found[n]))
+    one = next(iter(found.values()))
+    for n, f in found.items():
+        if not (torch.equal(f["index"], one["index"]) and torch.equal(f["labels"], one["labels"])):
+            raise InputError(f"{split.name}: {n} saw other labels than the rest; delete {cache}")
+    return {n: Prediction(f["features"], f["logits"], f["labels"]) for n, f in found.items()}
+
+
+def frozen_features(config, model, split, clip):
+    """Raw features [N, D] and labels [N] of a split, cached (1.28 M x 512 in fp32: 2.6 GB)."""
+
+    def compute():
+        rows = [(out[""][0], y) for _, y, out in forward(config, {"": model}, split, clip)]
+        return dict(
+            zip(("features", "labels"), map(torch.cat, zip(*rows, strict=True)), strict=True)
+        )
+
+    key = [model.visual.state_dict(), split.fingerprint, clip.image_key, config.precision]
+    kept = cached(config, "frozen", key, compute)
+    return kept["features"], kept["labels"]
+
+
+def cached(config, name, key, compute):
+    """compute() -> dict of tensors and numbers, kept in the cache folder under the hash of `key`."""
+    path = Path(config.out) / "cache" / f"{slug(name)}-{hash_of(key)}.pt"
+    value = read_cache(path)
+    if value is None:
+        value = compute()
+        try_write(path, functools.partial(torch.save, value))
+    return value
+
+
+def read_cache(path):
+    """The cached dict, or None: a missing or damaged cache costs time, not the run."""
+    if not path.is_file():
+        return None
+    try:
+        return load_tensors(path)
+    except InputError as error:
+        print(f"cache: {error}; computing it anew", file=sys.stderr)
+        return None
+
+
+def slug(text):
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def accuracy(scores, labels):
+    """Share of rows of [N, C] whose largest score is at the label [N]; nan for no rows."""
+    return (scores.argmax(1) == labels).double().mean().item()
+
+
+def wilson(k, n, z=1.959964):
+    """95 % Wilson interval of a share of k in n; nan for n = 0."""
+    if n == 0:
+        return math.nan, math.nan
+    p, scale = k / n, 1 / (1 + z * z / n)
+    half = z * scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle = scale * (p + z * z / (2 * n))
+    return middle - half, middle + half
+
+
+def ece(probabilities, labels, bins=10):
+    """Expected calibration error, a share: sum_b n_b / N |accuracy_b - confidence_b|, top-1
+    confidence, `bins` of equal width, (low, high].  [N, C], [N]
+    """
+    confidence, predicted = probabilities.double().max(1)
+    gap = (predicted == labels).double() - confidence
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    return gap.new_zeros(bins).index_add_(0, index, gap).abs().sum().item() / len(labels)
+
+
+def nll(probabilities, labels):
+    """Mean negative log-likelihood in nats; zeros count as the smallest fp32 number."""
+    picked = probabilities.gather(1, labels[:, None]).double()
+    return -picked.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
+
+
+def temperature(logits, labels, criterion):
+    """T of softmax(logits / T) on ID data [N, C], [N]. off: 1. nll: least NLL. code: mean confidence
+    = accuracy, by bisection, since confidence falls with T; where none exists (accuracy 1, or at
+    most 1/C) it says so and gives 1.
+    """
+    if criterion == "off":
+        return 1.0
+    logits = logits.double()
+    if criterion == "nll":
+        from scipy.optimize import minimize_scalar
+
+        def loss(t):
+            return F.cross_entropy(logits / math.exp(t), labels).item()
+
+        return math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x)
+    target, low, high = accuracy(logits, labels), -7.0, 7.0
+    if not 1 / logits.shape[1] < target < 1:
+        print(f"temperature: none gives a mean confidence of {target:.3f}; 1 is used")
+        return 1.0
+    for _ in range(60):
+        t = (low + high) / 2
+        confidence = (logits / math.exp(t)).softmax(1).amax(1).mean()
+        low, high = (t, high) if confidence > target else (low, t)
+    return math.exp(t)
+
+
+def accuracies(rows, method):
+    """{split: percent}, mean over seeds, of result rows {"method", "right": {split: bool [N]}}."""
+    own = [r["right"] for r in rows if r["method"] == method]
+    return {s: 100 * float(np.mean([r[s].double().mean() for r in own])) for s in own[0]}
+
+
+def mean_shift(by_split):
+    """Unweighted mean over all splits but the first, which is ID; nan if there is no other."""
+    shifts = list(by_split.values())[1:]
+    return sum(shifts) / len(shifts) if shifts else math.nan
+
+
+def gain(rows, method, base):
+    """Points by which `method` beats `base` on ID and in the mean over shifts, each with its 95 %
+    interval: seeds, and within each split images, are drawn with replacement; the sets are fixed.
+    """
+    pairs = zip(
+        *([r["right"] for r in rows if r["method"] == m] for m in (method, base)), strict=True
+    )
+    pairs, rng = list(pairs), np.random.default_rng(0)
+    by_split = {
+        s: np.stack([100.0 * a[s].numpy() - 100.0 * b[s].numpy() for a, b in pairs])
+        for s in pairs[0][0]
+    }
+    draws = {s: [] for s in by_split}
+    for _ in range(2000):
+        seeds = rng.integers(len(pairs), size=len(pairs))
+        for s, difference in by_split.items():
+            mean = difference[seeds].mean(0)
+            draws[s].append(mean[rng.integers(len(mean), size=len(mean))].mean())
+    first, *shifts = by_split
+
+    def interval(splits):
+        if not splits:
+            return math.nan, math.nan, math.nan
+        low, high = np.quantile(np.mean([draws[s] for s in splits], 0), [0.025, 0.975])
+        return float(np.mean([by_split[s].mean() for s in splits])), float(low), float(high)
+
+    return interval([first]), interval(shifts)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def table(header, rows, title):
+    """Aligned text; numbers come formatted."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    width = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for first, *rest in cells:
+        aligned = [c.rjust(w) for c, w in zip(rest, width[1:], strict=True)]
+        lines.append("  ".join([first.ljust(width[0]), *aligned]))
+    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_results(config, device, rows):
+    """Append a line per row to results.jsonl: counts and Wilson intervals per split, and the run."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    run = {
+        "config": dataclasses.asdict(config),
+        "commit": commit or "not a git checkout",
+        "versions": {m: sys.modules[m].__version__ for m in ("torch", "numpy", "open_clip")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    lines = []
+    for row in rows:
+        counts = {s: (int(v.sum()), len(v)) for s, v in row["right"].items()}
+        splits = {s: {"right": k, "n": n, "wilson95": wilson(k, n)} for s, (k, n) in counts.items()}
+        lines.append(json.dumps({**row, "right": splits, "run": run}))
+    path = Path(config.out) / "results.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    print(f"\nresults: {path}")
+
+
+def new_figure(columns=1, rows=1):
+    """matplotlib figure without a window, and its axes [rows, columns]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
+    plt.rcParams.update(style | {"savefig.dpi": 150, "legend.frameon": False})
+    size = (4.6 * columns, 3.4 * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save_figure(figure, path, header, rows):
+    """PATH.png, and the numbers in it as PATH.csv."""
+    import csv
+
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"))
+    plt.close(figure)
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    print(f"figure: {path.with_suffix('.png')}")

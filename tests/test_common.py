@@ -1,0 +1,628 @@
+"""common.py: command line, CLIP files, training and its resumption, prediction caches, metrics."""
+
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import vrf
+
+ROOT = Path(common.__file__).parent
+
+
+def tiny_config(tmp_path, **given):
+    values = {"model": "tiny_clip", "pretrained": "random", "batch": 16, "epochs": 2, "warmup": 2}
+    return vrf.Config(**values | given | {"out": str(tmp_path), "device": "cpu"})
+
+
+def random_split(n=40, classes=10, seed=0, name="toy"):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, 32, 32), dtype=np.uint8)
+    labels = torch.from_numpy(rng.integers(0, classes, n))
+    return common.Split(name, "memory", images, labels)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return common.load_clip(vrf.Config(model="tiny_clip", pretrained="random"))
+
+
+@pytest.fixture
+def classifier(clip):
+    torch.manual_seed(0)
+    return common.Classifier(copy.deepcopy(clip.model.visual), torch.randn(10, 64))
+
+
+# command line
+
+
+def test_unknown_words_get_the_nearest_known_one():
+    with pytest.raises(common.InputError, match="no 'E2E-FTT'; did you mean 'E2E-FT'"):
+        common.choose("LC,E2E-FTT", ("LC", "E2E-FT", "LP-FT"), "--methods")
+
+
+def test_flags_the_user_gave_beat_the_preset():
+    @dataclass
+    class Config:
+        lr: float = common.arg(1.0, "rate")
+        batch: int = common.arg(512, "size")
+
+    config = common.parse(Config, ["--lr", "0.5"], "doc")
+    common.apply_preset(config, "digits", {"digits": {"lr": 9.0, "batch": 64}})
+    assert (config.lr, config.batch) == (0.5, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data", "/no/such/folder"],
+        ["--model", "ViT-B-61", "--pretrained", "random"],
+        ["--pretrained", "opanai", "--model", "ViT-B-16"],
+        ["--weights", "/no/such/file.pt"],
+        ["--methods", "E2E"],
+        ["--device", "cuda:99"],
+        ["--distance", "euclid"],
+        ["--lr", "fast"],
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_two(arguments, tmp_path):
+    command = [sys.executable, "vrf.py", "--out", str(tmp_path), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()[-1]) > 20
+
+
+def test_help_imports_neither_open_clip_nor_torchvision():
+    code = (
+        "import sys, vrf\n"
+        "try: vrf.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'open_clip', 'torchvision', 'matplotlib', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+# hashes
+
+
+def test_hash_tells_dtype_shape_order_and_value_apart():
+    t = torch.arange(4.0)
+    things = [t, t.double(), t.reshape(2, 2), t + 1, {"a": t}, {"b": t}, [t, t], "t", 1, "1", 1.0]
+    assert len({common.hash_of(x) for x in things}) == len(things)
+    assert common.hash_of({"a": 1, "b": t}) == common.hash_of({"b": t.clone(), "a": 1})
+
+
+# CLIP files
+
+
+def save_as(kind, model, path):
+    state = model.state_dict()
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    elif kind == "npz":
+        np.savez_compressed(path, **{k: v.numpy() for k, v in state.items()})
+    elif kind == "open_clip training":
+        torch.save({"epoch": 1, "state_dict": {"module." + k: v for k, v in state.items()}}, path)
+    elif kind == "half precision":
+        torch.save({k: v.half() for k, v in state.items()}, path)
+    else:
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        ("state dict", ".pt"),
+        ("safetensors", ".safetensors"),
+        ("npz", ".npz"),
+        ("open_clip training", ".pt"),
+        ("half precision", ".bin"),
+    ],
+)
+def test_weights_come_back_from_every_kind_of_file(kind, suffix, clip, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    save_as(kind, clip.model, path)
+    loaded = common.load_clip(vrf.Config(model="tiny_clip", weights=str(path))).model
+    tolerance = 1e-3 if kind == "half precision" else 0
+    for k, v in clip.model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[k], v, atol=tolerance, rtol=tolerance)
+        assert loaded.state_dict()[k].dtype == torch.float32
+
+
+FOREIGN = """
+import torch, open_clip
+
+class ImageEncoder(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.train_preprocess = transform
+
+class ClassificationHead(torch.nn.Linear):
+    pass
+
+class ImageClassifier(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.image_encoder = ImageEncoder(model)
+        self.classification_head = ClassificationHead(64, 10)
+
+class QuickGELU(torch.nn.Module):
+    pass
+
+def transform(image):
+    return image
+
+open("imported_by_pickle", "w").close()
+"""
+
+
+def foreign_module(clip, folder, monkeypatch):
+    """A whole module pickled as wise-ft does, from a package that is gone when the file is read."""
+    (folder / "wise_src.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    import wise_src
+
+    module = wise_src.ImageClassifier(copy.deepcopy(clip.model))
+    module.image_encoder.model.gelu = wise_src.QuickGELU()
+    torch.save(module, folder / "checkpoint_10.pt")
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    del sys.modules["wise_src"]
+    (folder / "imported_by_pickle").unlink()
+    return state
+
+
+def test_a_pickled_module_is_read_without_importing_its_code(clip, tmp_path, monkeypatch):
+    expected = foreign_module(clip, tmp_path, monkeypatch)
+    state, said = common.read_weights(tmp_path / "checkpoint_10.pt")
+    assert "wise_src" not in sys.modules and not (tmp_path / "imported_by_pickle").exists()
+    assert said["quick_gelu"] is True
+    assert torch.equal(state["head.weight"], expected["classification_head.weight"])
+    visual = {k for k in clip.model.state_dict() if k.startswith("visual.")}
+    for k in visual:
+        assert torch.equal(state[k], expected[f"image_encoder.model.{k}"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"visual.w": torch.zeros(1), "x": Hostile()}, "hostile.pt")
+    with pytest.raises(common.InputError, match="must run code to be read .*system.*; refused"):
+        common.read_weights("hostile.pt")
+    assert not Path("executed").exists()
+
+
+def test_trust_checkpoint_reads_what_the_restricted_reader_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"visual.w": torch.zeros(1), "x": Hostile()}, "hostile.pt")
+    state, _ = common.read_weights("hostile.pt", trust=True)
+    assert Path("executed").exists() and list(state) == ["visual.w"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_openais_torchscript_file_is_read_and_known_by_its_activation(tmp_path):
+    class Visual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual = nn.Linear(2, 2)
+            self.register_buffer("input_resolution", torch.tensor(224))
+
+        def forward(self, x):
+            return self.visual(x)
+
+    torch.jit.trace(Visual(), torch.zeros(1, 2)).save(tmp_path / "ViT.pt")
+    state, said = common.read_weights(tmp_path / "ViT.pt")
+    assert set(state) == {"visual.weight", "visual.bias"} and said["quick_gelu"] is True
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_a_damaged_file_is_named(damage, clip, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(clip.model.state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:1000], "text": b"<html>", "empty": b""}[damage])
+    with pytest.raises(common.InputError, match=r"weights.pt is no readable checkpoint"):
+        common.read_weights(path)
+
+
+def test_weights_of_another_architecture_are_named_by_tensor_and_shape(clip, tmp_path):
+    state = clip.model.state_dict()
+    state["visual.proj"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(
+        common.InputError, match=r"visual.proj should be \(128, 64\), found \(3, 3\)"
+    ):
+        common.load_clip(vrf.Config(model="tiny_clip", weights=str(tmp_path / "w.pt")))
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", True), ("yes", True), ("no", False)])
+def test_quick_gelu_is_read_from_our_checkpoints_and_can_be_overruled(
+    given, expected, clip, tmp_path
+):
+    path = tmp_path / "w.pt"
+    torch.save({"model": clip.model.state_dict(), "quick_gelu": True}, path)
+    config = vrf.Config(model="tiny_clip", weights=str(path), quick_gelu=given)
+    assert common.load_clip(config).quick_gelu is expected
+
+
+def test_zero_shot_head_normalises_each_prompt_then_their_mean(clip):
+    names, templates = ["zero", "one"], ["a photo of a {}.", "{}", "a sketch of the digit {}."]
+    with torch.no_grad():
+        rows = []
+        for name in names:
+            text = clip.tokenizer([t.format(name) for t in templates])
+            mean = F.normalize(clip.model.encode_text(text), dim=1).mean(0)
+            rows.append(F.normalize(mean, dim=0) * clip.model.logit_scale.exp())
+    head = common.zero_shot_head(clip, names, templates)
+    torch.testing.assert_close(head, torch.stack(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_do_not_depend_on_the_scale_of_the_features(classifier):
+    features = torch.randn(4, 64)
+    once, scaled = classifier.classify(features), classifier.classify(7 * features)
+    torch.testing.assert_close(once, scaled)
+
+
+# training
+
+
+def test_learning_rate_warms_up_linearly_and_ends_at_zero():
+    factor = [common.warmup_cosine(t, 500, 25_030) for t in (0, 499, 500, 25_029)]
+    assert factor[:3] == [1 / 500, 1.0, 1.0] and 0 < factor[3] < 1e-8
+    assert common.warmup_cosine(500 + 12_265, 500, 25_030) == pytest.approx(0.5)
+
+
+def test_an_epoch_is_a_permutation_and_2503_steps_at_imagenet_size():
+    first = [i for b in common.batches(103, 10, 11, seed=0) for i, _ in b]
+    assert sorted(first) == list(range(103))
+    assert math.ceil(1_281_167 / 512) == 2503
+
+
+def test_batches_of_a_step_do_not_depend_on_where_one_starts():
+    whole = list(common.batches(103, 10, 30, seed=3))
+    assert list(common.batches(103, 10, 30, seed=3, first=17)) == whole[17:]
+    assert whole != list(common.batches(103, 10, 30, seed=4))
+
+
+def test_training_moves_the_head_only_in_a_linear_probe(classifier, clip, tmp_path):
+    before = copy.deepcopy(classifier.state_dict())
+    config = tiny_config(tmp_path)
+    common.linear_probe(config, "LC", classifier, random_split(), clip, 0.1, 0)
+    moved = {k for k, v in classifier.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_gradient_norm_is_clipped():
+    model, norms = nn.Linear(3, 1), []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            grads = [p.grad for g in self.param_groups for p in g["params"]]
+            norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+            return super().step(closure)
+
+    x = torch.full((2, 3), 100.0)
+    optimiser = Watched(model.parameters(), lr=1e-3)
+    common.fit(
+        model,
+        lambda b: model(b[0]).square().mean(),
+        lambda first: [(x,)] * 3,
+        optimiser,
+        steps=3,
+        clip=1.0,
+    )
+    assert norms and max(norms) <= 1 + 1e-5
+
+
+def short_training(path, stop_at=None, precision="fp32"):
+    """Ten steps with dropout; `stop_at` sends Ctrl-C in that step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.3), nn.ReLU(), nn.Linear(32, 3))
+    x, y = torch.randn(40, 6), torch.randint(3, (40,))
+    at = [0]
+
+    def batches_from(first):
+        at[0] = first
+        for rows in common.batches(40, 8, 10, 0, first):
+            index = torch.tensor([i for i, _ in rows])
+            yield x[index], y[index]
+
+    def loss_fn(batch):
+        at[0] += 1
+        if at[0] == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"steps": 10, "warmup": 2, "clip": 1.0, "precision": precision, "path": path}
+    common.fit(model, loss_fn, batches_from, optimiser, **options)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_five_steps_ctrl_c_and_five_more_are_bitwise_ten_steps(tmp_path, precision):
+    whole = short_training(tmp_path / "whole.pt", precision=precision)
+    with pytest.raises(KeyboardInterrupt):
+        short_training(tmp_path / "parts.pt", stop_at=5, precision=precision)
+    saved = torch.load(tmp_path / "parts.pt", weights_only=True)
+    assert saved["step"] == 5
+    torch.manual_seed(99)
+    parts = short_training(tmp_path / "parts.pt", precision=precision)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_killed_run_continues_from_its_last_epoch_bit_for_bit(tmp_path):
+    code = (
+        "import sys, torch; sys.path[:0] = ['tests', '.']\n"
+        "import test_common as t, common\n"
+        "torch.set_num_threads(1)\n"
+        "config = t.tiny_config(sys.argv[1], epochs=3)\n"
+        "torch.manual_seed(0); clip = common.load_clip(config); torch.manual_seed(1)\n"
+        "model = common.Classifier(clip.model.visual, torch.randn(10, 64))\n"
+        "common.fine_tune(config, 'run', model, t.random_split(64), clip, 1e-3, 0)\n"
+        "print(common.hash_of(model.state_dict()))\n"
+    )
+
+    def run(folder, kill):
+        command = [sys.executable, "-c", code, str(folder)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while kill and process.poll() is None and not list(folder.glob("checkpoints/*.pt")):
+            time.sleep(0.001)
+        if kill:
+            process.kill()
+        return process.communicate()[0].strip().split("\n")[-1]
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = run(tmp_path / "a", kill=False)
+    run(tmp_path / "b", kill=True)
+    (checkpoint,) = (tmp_path / "b").glob("checkpoints/*.pt")
+    assert 0 < torch.load(checkpoint, weights_only=True)["step"] <= 12
+    assert run(tmp_path / "b", kill=False) == whole != ""
+
+
+def test_a_finished_run_is_read_and_not_repeated(classifier, clip, tmp_path, capsys):
+    config, split = tiny_config(tmp_path), random_split()
+    start = copy.deepcopy(classifier)
+    common.fine_tune(config, "run", classifier, split, clip, 1e-3, 0)
+    common.fine_tune(config, "run", start, split, clip, 1e-3, 0)
+    assert "trained before" in capsys.readouterr().out
+    assert common.hash_of(start.state_dict()) == common.hash_of(classifier.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 2e-3}, {"seed": 1}, {"epochs": 1}, {"weight_decay": 0.0}]
+)
+def test_another_recipe_is_another_checkpoint(change, classifier, clip, tmp_path):
+    split, start = random_split(16), copy.deepcopy(classifier)
+    lr, seed = change.pop("lr", 1e-3), change.pop("seed", 0)
+    common.fine_tune(tiny_config(tmp_path), "run", classifier, split, clip, 1e-3, 0)
+    common.fine_tune(tiny_config(tmp_path, **change), "run", start, split, clip, lr, seed)
+    assert len(list(tmp_path.glob("checkpoints/*.pt"))) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_name(tmp_path):
+    model = nn.Linear(2, 1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(common.InputError, match="run: the loss is nan at step 0"):
+        common.fit(
+            model,
+            lambda batch: model(batch[0]).sum() * math.nan,
+            lambda first: [(torch.zeros(1, 2),)] * 2,
+            optimiser,
+            steps=2,
+            path=tmp_path / "c.pt",
+            name="run",
+        )
+    assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_truncated_checkpoint_is_named(classifier, clip, tmp_path):
+    config, split = tiny_config(tmp_path), random_split()
+    start = copy.deepcopy(classifier)
+    common.fine_tune(config, "run", classifier, split, clip, 1e-3, 0)
+    (path,) = tmp_path.glob("checkpoints/*.pt")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(common.InputError, match="is damaged .*; delete it, run again"):
+        common.fine_tune(config, "run", start, split, clip, 1e-3, 0)
+
+
+def test_crops_do_not_depend_on_the_number_of_workers(clip):
+    split, config = random_split(12), vrf.Config()
+    transform = common.train_transform(32, clip.mean, clip.std)
+
+    def images(workers):
+        config.workers = workers
+        order = list(common.batches(12, 5, 5, seed=0))
+        return [b[0] for b in common.load_images(split, transform, order, config)]
+
+    for a, b in zip(images(0), images(2), strict=True):
+        assert torch.equal(a, b)
+
+
+# prediction
+
+
+def test_models_predicted_together_or_alone_agree(classifier, clip, tmp_path):
+    other, split = copy.deepcopy(classifier), random_split()
+    with torch.no_grad():
+        other.head.weight.mul_(-1)
+    both = common.predict(tiny_config(tmp_path / "a"), {"a": classifier, "b": other}, split, clip)
+    alone = common.predict(tiny_config(tmp_path / "b"), {"b": other}, split, clip)
+    assert torch.equal(both["b"].logits, alone["b"].logits)
+    assert not torch.equal(both["a"].logits, both["b"].logits)
+
+
+def test_the_cache_is_used_and_a_changed_weight_or_label_misses_it(
+    classifier, clip, tmp_path, monkeypatch
+):
+    config, split, runs = tiny_config(tmp_path), random_split(), []
+    real = common.forward
+    monkeypatch.setattr(common, "forward", lambda *a: runs.append(1) or real(*a))
+    common.predict(config, {"a": classifier}, split, clip)
+    first = common.predict(config, {"a": classifier}, split, clip)["a"]
+    assert len(runs) == 1
+    with torch.no_grad():
+        classifier.head.bias[0] += 1
+    assert not torch.equal(
+        common.predict(config, {"a": classifier}, split, clip)["a"].logits, first.logits
+    )
+    common.predict(config, {"a": classifier}, random_split(seed=1), clip)
+    assert len(runs) == 3
+
+
+def test_a_damaged_or_unwritable_cache_costs_time_and_not_the_run(
+    classifier, clip, tmp_path, capsys
+):
+    config, split = tiny_config(tmp_path), random_split()
+    first = common.predict(config, {"a": classifier}, split, clip)["a"]
+    for path in tmp_path.glob("cache/*"):
+        path.write_bytes(b"damaged")
+    again = common.predict(config, {"a": classifier}, split, clip)["a"]
+    assert torch.equal(first.logits, again.logits)
+    assert "computing it anew" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    blocked = tiny_config(tmp_path / "file" / "below")
+    assert torch.equal(
+        common.predict(blocked, {"a": classifier}, split, clip)["a"].logits, first.logits
+    )
+    assert "going on without" in capsys.readouterr().err
+
+
+def test_caches_that_disagree_about_labels_are_an_error(classifier, clip, tmp_path):
+    config, split, other = tiny_config(tmp_path), random_split(), copy.deepcopy(classifier)
+    with torch.no_grad():
+        other.head.bias[0] += 1
+    common.predict(config, {"a": classifier, "b": other}, split, clip)
+    path = next(tmp_path.glob("cache/*"))
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"labels": saved["labels"] + 1}, path)
+    with pytest.raises(common.InputError, match="saw other labels"):
+        common.predict(config, {"a": classifier, "b": other}, split, clip)
+
+
+# metrics
+
+
+def test_wilson_interval_by_the_textbook_and_at_the_ends():
+    assert common.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert common.wilson(0, 10)[0] == 0 and common.wilson(10, 10)[1] == pytest.approx(1)
+    assert all(math.isnan(x) for x in common.wilson(0, 0))
+
+
+def test_ece_by_hand_with_full_confidence_and_empty_bins():
+    p = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.45, 0.55], [0.45, 0.55]])
+    labels = torch.tensor([0, 1, 1, 1])  # bin 10: confidence 1, right 1/2; bin 6: .55, right 1
+    assert common.ece(p, labels) == pytest.approx(0.5 * 0.5 + 0.5 * 0.45)
+
+
+def test_ece_counts_a_confidence_on_an_edge_in_the_lower_bin():
+    p = torch.tensor([[0.4, 0.6], [0.35, 0.65]], dtype=torch.double)
+    assert common.ece(p, torch.tensor([1, 0])) == pytest.approx((0.4 + 0.65) / 2)
+
+
+def test_nll_by_hand_and_finite_at_zero():
+    p = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    assert common.nll(p, torch.tensor([0, 1])) == pytest.approx(
+        -(math.log(0.5) + math.log(0.75)) / 2
+    )
+    assert math.isfinite(common.nll(torch.tensor([[0.0, 1.0]]), torch.tensor([0])))
+
+
+def calibrated_logits(n=4000, classes=10):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(n, classes, generator=generator)
+    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+def test_nll_temperature_recovers_the_scale_that_was_put_in(scale):
+    logits, labels = calibrated_logits()
+    assert common.temperature(scale * logits, labels, "nll") == pytest.approx(scale, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+def test_code_temperature_makes_confidence_equal_accuracy(scale):
+    logits, labels = calibrated_logits()
+    t = common.temperature(scale * logits, labels, "code")
+    p = (scale * logits / t).softmax(1)
+    assert p.amax(1).mean().item() == pytest.approx(common.accuracy(p, labels), abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(4), torch.arange(4).roll(1)])
+def test_a_temperature_that_does_not_exist_is_said(labels, capsys):
+    assert common.temperature(torch.eye(4), labels, "code") == 1.0
+    assert "none gives a mean confidence" in capsys.readouterr().out
+
+
+def rows_of(right_a, right_b):
+    return [
+        {"method": m, "seed": 0, "right": {"ID": torch.tensor(r), "shift": torch.tensor(r)}}
+        for m, r in (("a", right_a), ("b", right_b))
+    ]
+
+
+def test_gain_of_a_row_over_itself_is_zero_with_no_width():
+    right = [True, False, True, True]
+    assert common.gain(rows_of(right, right), "a", "b") == ((0, 0, 0), (0, 0, 0))
+
+
+def test_gain_interval_matches_the_normal_one_for_paired_answers():
+    n = 2000
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(n, generator=generator) < 0.7
+    flips = torch.rand(n, generator=generator)
+    better = (base | (flips < 0.10)) & ~(base & (flips > 0.97))
+    difference = better.double() - base.double()
+    identity, _ = common.gain(rows_of(better.tolist(), base.tolist()), "a", "b")
+    mean, half = 100 * difference.mean().item(), 196 * difference.std().item() / math.sqrt(n)
+    assert identity == pytest.approx((mean, mean - half, mean + half), abs=0.12)
+
+
+def test_average_shift_leaves_out_the_first_split():
+    assert common.mean_shift({"ID": 90.0, "a": 10.0, "b": 30.0}) == 20.0
+
+
+# files
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_and_no_leftovers(tmp_path, capsys):
+    path = tmp_path / "x"
+    common.try_write(path, lambda temporary: temporary.write_text("old"))
+
+    def fails(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    common.try_write(path, fails)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_fit_works_outside_the_main_thread(tmp_path):
+    result = []
+    worker = threading.Thread(target=lambda: result.append(short_training(tmp_path / "t.pt")))
+    worker.start()
+    worker.join()
+    assert len(result) == 1
