@@ -515,20 +515,17 @@ def open_data(path="digits", val_fraction=0.02, select_on_test=False, seed=0):
 
 
 def describe(data):
-    """The table printed before any work: what was found where, what is missing, what looks wrong."""
+    """The table printed before any work: what was found where, what is missing, what is wrong."""
     rows, notes = [("set", "path", "images", "classes", "expected")], []
     for s in (data.train, data.val, data.test, *data.shifts):
         n, classes = len(s.images), len(data.classes if s.groups is None else s.groups)
-        rows.append(
-            (s.name, s.path, f"{n:,}", f"{classes}", f"{s.expected:,}" if s.expected else "-")
-        )
+        published = f"{s.expected:,}" if s.expected else "-"
+        rows.append((s.name, s.path, f"{n:,}", str(classes), published))
         if s.expected and n != s.expected:
-            gap = (
-                f"{s.expected - n:,} missing" if n < s.expected else f"{n - s.expected:,} too many"
-            )
+            gap = f"{abs(n - s.expected):,} {'missing' if n < s.expected else 'too many'}"
             notes.append(
-                f"WARNING: {s.name} has {n:,} images, not the published {s.expected:,} ({gap}). "
-                "Do not compare its numbers with published ones; unpack the archive again."
+                f"WARNING: {s.name} has {n:,} images where {published} are expected ({gap}). Do "
+                "not compare its numbers with published ones; unpack the archive again."
             )
     if data.val is data.test:
         notes.append("val is the test set: selection sees the reported images.")
@@ -537,11 +534,11 @@ def describe(data):
             f"train/ has {len(data.classes)} of ImageNet's 1000 classes: all sets are cut down to "
             "them, and published image counts do not apply."
         )
-    for name in data.missing:
-        notes.append(f"MISSING: {name}, not evaluated; expected in the data folder or beside it.")
-    width = [max(len(row[i]) for row in rows) for i in range(5)]
-    form = "{:<%d}  {:<%d}  {:>%d}  {:>%d}  {:>%d}" % tuple(width)  # noqa: UP031
-    return "\n".join([form.format(*row) for row in rows] + notes)
+    notes += [f"MISSING, so not evaluated: {name}" for name in data.missing]
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    layout = "{:<{}}  {:<{}}  {:>{}}  {:>{}}  {:>{}}"
+    lines = [layout.format(*sum(zip(row, width, strict=True), ())) for row in rows]
+    return "\n".join(lines + notes)
 
 
 def hold_out(train, fraction, seed):
@@ -596,8 +593,8 @@ def batches(n, batch, steps, seed, first=0):
 
 
 def load_images(split, transform, order, config):
-    """DataLoader of (images [B, 3, H, W], labels [B], index [B]) for lists of (index, seed)."""
-    return torch.utils.data.DataLoader(
+    """Yield (images [B, 3, H, W], labels [B], index [B]) for every list of (index, seed)."""
+    images = torch.utils.data.DataLoader(
         Images(split, transform, config.skip_bad_images),
         batch_sampler=order,
         num_workers=config.workers,
@@ -605,6 +602,10 @@ def load_images(split, transform, order, config):
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if config.workers else None,  # fork and threads hang
     )
+    try:
+        yield from images
+    except InputError as error:  # a worker process wraps the sentence in its traceback
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
 
 
 def to_device(batch, device):
@@ -654,7 +655,7 @@ def fit(
 ):
     """Train `module` in place: learning rates times `warmup_cosine`, gradient clip, autocast.
 
-    loss_fn(batch) -> scalar. batches_from(first) -> iterator of tuples of tensors from step `first`.
+    loss_fn(batch) -> scalar. batches_from(step) -> iterator of tuples of tensors from that step on.
     path: checkpoint, written every `save_every` steps, on Ctrl-C and at the end; with `resume` an
     unfinished one is continued bit for bit, a finished one read and not trained again. `said`: what
     else to keep in it (numbers, strings). Raises InputError when the loss is not finite.
@@ -734,7 +735,7 @@ def restore(path, module, optimiser, scaler, steps, name):
 
 
 def fine_tune(config, name, model, split, clip, lr, seed):
-    """Train all of a Classifier on images with cross-entropy, by the fields of a script's Config."""
+    """Train all of a Classifier on images with cross-entropy, by the fields of a Config."""
     transform = train_transform(clip.size, clip.mean, clip.std)
     n, steps = len(split.labels), steps_of(config, split)
 
@@ -857,7 +858,7 @@ def forward(config, models, split, clip):
     for model in models.values():
         model.eval()
     images_of = load_images(split, transform, order, config)
-    for batch in tqdm(images_of, desc=split.name, unit="batch", leave=False, delay=2):
+    for batch in tqdm(images_of, split.name, len(order), unit="batch", leave=False, delay=2):
         if batch is None:
             continue
         images, labels, index = to_device(batch, device)
@@ -915,7 +916,7 @@ def frozen_features(config, model, split, clip):
 
 
 def cached(config, name, key, compute):
-    """compute() -> dict of tensors and numbers, kept in the cache folder under the hash of `key`."""
+    """compute() -> dict of tensors and numbers, kept in the cache under the hash of `key`."""
     path = Path(config.out) / "cache" / f"{slug(name)}-{hash_of(key)}.pt"
     value = read_cache(path)
     if value is None:
@@ -974,9 +975,9 @@ def nll(probabilities, labels):
 
 
 def temperature(logits, labels, criterion):
-    """T of softmax(logits / T) on ID data [N, C], [N]. off: 1. nll: least NLL. code: mean confidence
-    = accuracy, by bisection, since confidence falls with T; where none exists (accuracy 1, or at
-    most 1/C) it says so and gives 1.
+    """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. code: mean
+    confidence = accuracy, by bisection, since confidence falls with T; where no T does it (accuracy
+    1, or at most 1/C) it says so and gives 1.
     """
     if criterion == "off":
         return 1.0
@@ -1054,8 +1055,20 @@ def table(header, rows, title):
     return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def accuracy_table(rows, title):
+    """Table of result rows (see `accuracies`): a line per method, a column per split."""
+    splits, lines = list(rows[0]["right"]), []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mean = accuracies(rows, method)
+        chosen = [np.atleast_1d(r["choice"]) for r in rows if r["method"] == method]
+        chosen = ["/".join(f"{x:.2g}" for x in c) for c in chosen if c[0] is not None]
+        numbers = [f"{x:.1f}" for x in (*mean.values(), mean_shift(mean))]
+        lines.append([method, *numbers, " ".join(dict.fromkeys(chosen))])
+    return table(["method", *splits, "avg shift", "chosen"], lines, title)
+
+
 def write_results(config, device, rows):
-    """Append a line per row to results.jsonl: counts and Wilson intervals per split, and the run."""
+    """Append a line per row to results.jsonl: counts, Wilson intervals, and the run's record."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()

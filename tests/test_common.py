@@ -67,23 +67,41 @@ def test_flags_the_user_gave_beat_the_preset():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "sentence"),
     [
-        ["--data", "/no/such/folder"],
-        ["--model", "ViT-B-61", "--pretrained", "random"],
-        ["--pretrained", "opanai", "--model", "ViT-B-16"],
-        ["--weights", "/no/such/file.pt"],
-        ["--methods", "E2E"],
-        ["--device", "cuda:99"],
-        ["--distance", "euclid"],
-        ["--lr", "fast"],
+        ("--data /no/such/folder", "/no/such/folder does not exist"),
+        ("--model ViT-B-61 --pretrained random", "no 'ViT-B-61'; did you mean 'ViT-B-16'"),
+        ("--model ViT-B-16 --weights= --pretrained opanai", "no 'opanai'; did you mean 'openai'"),
+        ("--weights /no/such/file.pt", "no weights at /no/such/file.pt"),
+        ("--methods E2E", "there is no 'E2E'"),
+        ("--device cuda:99", "--device cuda:99: not usable here"),
+        ("--val-fraction 2 --data {tree}", "between 0 and 1"),
+        ("--ab 0,1", "two positive numbers"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_two(arguments, tmp_path):
-    command = [sys.executable, "vrf.py", "--out", str(tmp_path), *arguments]
+def test_bad_input_is_named_in_one_sentence(arguments, sentence, tmp_path):
+    for folder in ("train/a", "val/a", "train/b", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / folder / f"{i}.png").write_bytes(b"")
+    words = arguments.format(tree=tmp_path).split()
+    with pytest.raises(common.InputError) as raised:
+        vrf.main(["--out", str(tmp_path), *words])
+    assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize("arguments", [["--distance", "euclid"], ["--lr", "fast"], ["--lrr", "1"]])
+def test_a_wrong_flag_or_value_is_exit_code_two(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        vrf.main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_a_script_prints_the_sentence_without_traceback_and_exits_with_two():
+    command = [sys.executable, "vrf.py", "--data", "/no/such/folder"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()[-1]) > 20
+    assert done.returncode == 2 and done.stderr.startswith("vrf.py: /no/such/folder does not")
+    assert "Traceback" not in done.stderr
 
 
 def test_help_imports_neither_open_clip_nor_torchvision():

@@ -205,8 +205,8 @@ def config(**given):
 
 
 def test_of_equal_grid_points_the_first_is_taken():
-    pair = vrf.Pair(*[torch.eye(3)] * 4, d=torch.zeros(3), labels=torch.arange(3))
-    point, top = vrf.best(vrf.ALPHAS, lambda e, alpha: vrf.ose(e.p_zs, e.p_ft, alpha), pair)
+    pair = vrf.Pair(torch.eye(3), torch.eye(3), (1, 1), torch.zeros(3), torch.arange(3))
+    point, top = vrf.best(vrf.ALPHAS, lambda e, alpha: vrf.ose(*e.raw, alpha), pair)
     assert (point, top) == (0.0, 1.0)
 
 
@@ -240,7 +240,7 @@ def test_ratio_of_accuracies_by_hand_and_nan_where_zero_shot_is_never_right():
         F.one_hot(torch.tensor([0, 1, 1, 1]), 2).float(),
         F.one_hot(torch.tensor([0, 0, 0, 1]), 2).float(),
     )
-    pair = vrf.Pair(zs, ft, zs, ft, torch.tensor([0.0, 0.0, 1.0, 1.0]), labels)
+    pair = vrf.Pair(zs, ft, (1, 1), torch.tensor([0.0, 0.0, 1.0, 1.0]), labels)
     rows = vrf.ratio_by_distance([pair])
     assert rows[0][1:] == (2.0, 0.5, 1.0, 2)
     assert math.isnan(rows[-1][1]) and rows[-1][2:] == (0.0, 0.5, 2)
