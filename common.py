@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -219,12 +220,15 @@ def load_clip(config):
     gelu = {"auto": source, "yes": True, "no": False}[config.quick_gelu]
     download = None if path or tag == "random" else tag
     options = {"force_quick_gelu": gelu, "pretrained_text": False}
+    logging.disable(logging.WARNING)  # it says "initialized randomly" though weights follow below
     try:
         model = open_clip.create_model(name, pretrained=download, **options).float().eval()
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         cure = "without a network, get the file elsewhere and pass --weights PATH"
         raise InputError(f"could not get {name} / {tag} ({reason}); {cure}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     if state is not None:
         load_matching(model, state, path)
     size = model.visual.image_size

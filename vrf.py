@@ -500,6 +500,7 @@ def prepare(argv=None):
     common.choose(config.ensemble, METHODS, "--ensemble")
     ab_candidates(config, data.kind)
     device = common.pick_device(config.device)
+    common.set_seed(config.seed)  # matters for --pretrained random only
     clip = common.load_clip(config)
     head = common.zero_shot_head(clip, data.classes, data.templates, device)
     return config, data, clip, common.Classifier(clip.model.visual, head).to(device)

@@ -1,0 +1,97 @@
+"""studies/vrf_ablations.py: its equations by hand, and every ablation once on the digits."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import vrf
+
+sys.path.insert(0, str(common.HERE / "studies"))
+import vrf_ablations as ablations  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("zs", "ft", "cov"), [(1.0, 3.0, 0.0), (2.0, 0.5, 0.0), (1.0, 2.0, 0.4), (1.5, 1.0, -0.3)]
+)
+def test_eq_15_minimises_eq_14_and_is_eq_11_without_covariance(zs, ft, cov):
+    g = np.linspace(-1, 2, 30_001)
+    least = g[np.argmin(ablations.mixed_variance(g, zs, ft, cov))]
+    assert ablations.best_weight(zs, ft, cov) == pytest.approx(least, abs=1e-4)
+    assert ablations.best_weight(zs, ft) == pytest.approx(zs / (zs + ft))
+
+
+def test_eq_14_is_the_variance_of_the_mix():
+    rng = np.random.default_rng(0)
+    zs, ft = rng.multivariate_normal([0, 0], [[1.0, 0.3], [0.3, 2.0]], 200_000).T
+    expected = ablations.mixed_variance(0.3, 1.0, 2.0, 0.3)
+    assert np.var(0.7 * zs + 0.3 * ft) == pytest.approx(expected, rel=0.02)
+
+
+def test_mahalanobis_distance_equals_the_textbook_form():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=generator) @ torch.randn(4, 4, generator=generator)
+    y = torch.arange(300) % 3
+    v = torch.randn(5, 4, generator=generator)
+    means = torch.stack([x[y == c].mean(0) for c in range(3)]).double()
+    centred = x.double() - means[y]
+    precision = torch.linalg.inv(centred.T @ centred / 300)
+    z = v.double()[:, None] - means[None]
+    expected = torch.einsum("ncd,de,nce->nc", z, precision, z).amin(1)
+    found = ablations.mahalanobis(x, y)(v)  # differs by its ridge of 1e-6
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def test_one_class_for_all_is_the_background_distance():
+    x = torch.randn(200, 3)
+    far, near = ablations.mahalanobis(x, torch.zeros(200).long())(
+        torch.tensor([[9.0] * 3, [0.0] * 3])
+    )
+    assert far > 50 > 1 > near
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("ablations"))
+    arguments = ["--epochs", "1", "--out", out, "--methods", "E2E-FT,LC"]
+    prepared = vrf.prepare(arguments)
+    return ablations.set_up(*prepared, ["E2E-FT", "LC"])
+
+
+def test_detectors_let_95_percent_of_id_val_through(setting):
+    for score in ablations.detectors(setting).values():
+        threshold = torch.quantile(score("val").double(), 0.05)
+        share = (score("val") >= threshold).double().mean().item()
+        assert share == pytest.approx(0.95, abs=0.01)
+
+
+def test_msp_and_energy_by_hand(setting):
+    logits = setting.pairs["val"].ft
+    found = ablations.detectors(setting)
+    torch.testing.assert_close(found["MSP"]("val"), F.softmax(logits, 1).max(1).values)
+    torch.testing.assert_close(found["Energy"]("val"), logits.exp().sum(1).log(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(ablations.ABLATIONS))
+def test_every_ablation_prints_its_table(name, setting, capsys):
+    ablations.ABLATIONS[name](setting)
+    assert "\n-----" in capsys.readouterr().out
+
+
+def test_a_sweeps_ends_are_zero_shot_and_fine_tuned(setting, capsys):
+    ablations.sweep(setting)
+    lines = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line[:3] in ("OSE", "WSE", "LSE")
+    ]
+    ends = {alpha: {tuple(x[2:]) for x in lines if x[1] == alpha} for alpha in ("0.0", "1.0")}
+    assert len(ends["0.0"]) == len(ends["1.0"]) == 1 and ends["0.0"] != ends["1.0"]
+
+
+def test_an_unknown_ablation_gets_the_nearest_name():
+    with pytest.raises(common.InputError, match="did you mean 'selective'"):
+        ablations.main(["selectiv"])
