@@ -71,9 +71,7 @@ PRESETS = {  # what the embedded data need instead of ImageNet's recipe; chosen 
 
 @dataclass
 class Config:
-    data: str = arg(
-        "digits", "digits; a folder: ImageNet, CIFAR-10, train/ val/; or entity30:FOLDER"
-    )
+    data: str = arg("digits", "digits; folder: ImageNet, CIFAR-10, train/ val/; entity30:FOLDER")
     model: str = arg("ViT-B-16", "open_clip architecture; paper: ViT-B-16 and ViT-B-32")
     pretrained: str = arg("openai", "open_clip's tag of the zero-shot weights, or random")
     weights: str = arg("", "local file with the zero-shot weights instead")
@@ -250,9 +248,7 @@ def failure_features(config, scan, method):
     kept = failures(zs, scan[f"argmax/{method}"], labels, config.zsf_rule)[zs != labels]
     V = scan[f"features/{'ZS' if config.features == 'zs' else method}"][kept]
     if len(V) == 0:
-        print(
-            f"{method}: no training sample that ZS fails and FT gets right; VRF is zero-shot then"
-        )
+        print(f"{method}: ZS fails on no training sample that FT gets right; VRF is zero-shot then")
     return F.normalize(V, dim=1), neighbours(len(V), config.k_rule, config.p, len(labels))
 
 
@@ -343,12 +339,10 @@ def ensembles(config, candidates):
 
 
 def best(grid, scores, pair):
-    """The grid point of highest accuracy, and its accuracy; of equals the first (A11)."""
-    points = [
-        (common.accuracy(scores(pair, point), pair.labels), -i) for i, point in enumerate(grid)
-    ]
-    top, index = max(points)
-    return grid[-index], top
+    """The grid point of highest accuracy, and that accuracy; of equals the first (A11)."""
+    found = [common.accuracy(scores(pair, point), pair.labels) for point in grid]
+    first = found.index(max(found))
+    return grid[first], found[first]
 
 
 def weight_space(config, data, clip, study, method):
