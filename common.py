@@ -858,7 +858,7 @@ def forward(config, models, split, clip):
     device = next(next(iter(models.values())).parameters()).device
     n, b = len(split.labels), config.batch
     order = [[(j, 0) for j in range(i, min(i + b, n))] for i in range(0, n, b)]
-    transform, seen = eval_transform(clip.size, clip.mean, clip.std), 0
+    transform, unread = eval_transform(clip.size, clip.mean, clip.std), set(range(n))
     for model in models.values():
         model.eval()
     images_of = load_images(split, transform, order, config)
@@ -871,10 +871,12 @@ def forward(config, models, split, clip):
             for name, model in models.items():
                 features, logits = model(images)
                 out[name] = features.float().cpu(), project(logits, split.groups).cpu()
-        seen += len(index)
+        unread -= set(index.tolist())
         yield index.cpu(), labels.cpu(), out
-    if seen < n:
-        print(f"{split.name}: {n - seen} of {n} images are unreadable, left out", file=sys.stderr)
+    if unread:
+        files = ", ".join(str(split.images[i]) for i in sorted(unread)[:10])
+        more = ", ..." * (len(unread) > 10)
+        print(f"{split.name}: {len(unread)} of {n} images are unreadable, left out: {files}{more}")
 
 
 def predict(config, models, split, clip):

@@ -470,14 +470,12 @@ def summary(rows, method):
     )
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
     own, shift = common.gain(rows, f"{method} +VRF", f"{method} +OSE")
-    print(f"2. VRF beats OSE, both chosen on ID val, by {say(*own)} points on ID, by {say(*shift)}")
-    print("   in the mean under shift (95 % intervals; runs and images resampled).")
+    print(f"2. VRF less OSE, both chosen on ID val: {say(*own)} points on ID, {say(*shift)} in the")
+    print("   mean under shift (95 % intervals, runs and images resampled).")
     _, calibrated = common.gain(rows, f"{method} +VRF", f"{method} +OSE calibrated")
     _, weights = common.gain(rows, f"{method} +VRF", f"{method} +WSE")
-    print(
-        f"3. Under shift it beats OSE of the same calibrated models by {say(*calibrated)}, which is"
-    )
-    print(f"   what the sample-wise weight does beyond temperature, and WSE by {say(*weights)}.")
+    print(f"3. Under shift, VRF less OSE of the same calibrated models is {say(*calibrated)}:")
+    print(f"   what the sample-wise weight does beyond temperature. VRF less WSE: {say(*weights)}.")
 
 
 # --- main -----------------------------------------------------------------------------------------
