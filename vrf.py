@@ -90,6 +90,7 @@ class Config:
     zsf_rule: str = arg("paper", "Eq. 3, or the abstract's wording: ZS wrong", "paper zs-wrong")
     features: str = arg("ft", "encoder whose features are searched (A3)", "ft zs")
     distance: str = arg("code", "code: squared; paper: plain (A1)", "paper code")
+    # Differs (A4): the authors' code takes k from |D|, which is 20 times more on CIFAR-10
     k_rule: str = arg("paper", "paper: floor(p |V|); code: round(1000 |V| / |D|)", "paper code")
     p: float = arg(0.001, "k as a share of |V|; Sec. 5.1")
     temperature: str = arg("code", "code: confidence = accuracy on ID val (A6)", "off code nll")
@@ -208,6 +209,8 @@ def load_finetuned(config, data, clip, zero_shot):
     state, meta = common.read_weights(config.finetuned, config.trust_checkpoint)
     if meta.get("quick_gelu", clip.quick_gelu) != clip.quick_gelu:
         raise common.InputError(f"{config.finetuned} has another activation; set --quick-gelu")
+    if "held-out" in data.val.path:
+        print("note: the checkpoint may have been trained on what is now ID val, which favours it")
     model = copy.deepcopy(zero_shot)
     if "head.weight" not in state:
         tuned = copy.deepcopy(clip)
@@ -248,6 +251,7 @@ def failure_features(config, scan, method):
     V = scan[f"features/{'ZS' if config.features == 'zs' else method}"][kept]
     if len(V) == 0:
         print(f"{method}: ZS fails on no training sample that FT gets right; VRF is zero-shot then")
+    # Differs (A2): Eq. (3) stores raw features; the authors' code normalises before the search
     return F.normalize(V, dim=1), neighbours(len(V), config.k_rule, config.p, len(labels))
 
 
@@ -269,6 +273,7 @@ def collect(config, data, clip, models):
     splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
     of = {name: common.predict(config, models, split, clip) for name, split in splits.items()}
     val = {m: (p.logits, p.labels) for m, p in of["val"].items()}
+    # Differs (A6): the paper's text has no temperature, the authors' code has one for VRF
     T = {m: common.temperature(*val[m], config.temperature) for m in models}
     return Study(models, of, T, scan_training_set(config, data, clip, models))
 
@@ -297,6 +302,7 @@ def make_pairs(config, study, method, V, k):
     pairs, T = {}, (study.T["ZS"], study.T[method])
     for split, of in study.of.items():
         v = F.normalize(of["ZS" if config.features == "zs" else method].features, dim=1)
+        # Differs (A1): the paper writes the plain distance, but its a and b fit the squared one
         d = kth_distance(v, V, k, squared=config.distance == "code")
         pairs[split] = Pair(of["ZS"].logits, of[method].logits, T, d, of[method].labels)
     return pairs
@@ -306,6 +312,7 @@ def ab_candidates(config, kind):
     """(a, b) to try on ID val, smallest first. They are given for squared d; for plain d (A1) they
     become sqrt(a), b / (2 sqrt(a)), to first order at d = a.
     """
+    # Differs (A9): the paper searches on a grid that it does not state, the code has one fixed pair
     known = {"search": AB_GRID, "code": [AB_CODE], "paper": [AB_PAPER.get((config.model, kind))]}
     grid = known.get(config.ab)
     if grid == [None]:
@@ -340,7 +347,7 @@ def ensembles(config, candidates):
 def best(grid, scores, pair):
     """The grid point of highest accuracy, and that accuracy; of equals the first (A11)."""
     found = [common.accuracy(scores(pair, point), pair.labels) for point in grid]
-    first = found.index(max(found))
+    first = found.index(max(found))  # Differs (A11): the paper has no rule, the code's is for alpha
     return grid[first], found[first]
 
 
@@ -439,18 +446,22 @@ def figure(config, rows, pairs, method):
         p = [point(lambda e, x=x, n=name: ose(*getattr(e, n), x)) for x in ALPHAS]
         left.plot(*zip(*p, strict=True), "o-", ms=3, color=colour, label=f"OSE, {name}")
         numbers += [("a", f"OSE {name}", *xy) for xy in p]
+    for end, text, where in ((p[0], "zero-shot", "left"), (p[-1], "fine-tuned", "right")):
+        left.annotate(text, end, (0, -11), textcoords="offset points", ha=where, fontsize=8)
     ab = [r["choice"] for r in rows if r["method"] == f"{method} +VRF"][-1]
     xy = point(lambda e: vrf(*e.calibrated, weight(e.d, *ab, config.weight)))
     left.plot(*xy, "D", color="tab:orange", label="VRF")
     left.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
-    left.set_title(f"{method} and zero-shot, mixed")
-    left.legend()
+    left.set_title(f"zero-shot and {method}, mixed")
+    left.legend(loc="center left")
+    left.margins(y=0.12)
     bins = ratio_by_distance(list(reported.values()))
     d = torch.tensor([b[0] for b in bins])
     w = weight(d, *ab, config.weight)
     right.plot(d, [b[1] for b in bins], "o-", ms=3, color="tab:blue")
     right.axhline(1, color="0.6", lw=0.8)
-    right.set(xlabel="d(x), distance to the zero-shot failures", title="why by sample")
+    right.set(xlabel="d(x), distance to the zero-shot failures")
+    right.set_title("fine-tuned against zero-shot, by distance")
     right.set_ylabel("Acc$_{ft}$ / Acc$_{zs}$", color="tab:blue")
     twin = right.twinx()
     twin.plot(d, w, color="tab:green")

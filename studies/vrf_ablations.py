@@ -263,7 +263,7 @@ def ratio(s):
                 [split, f"{d:.2f}", f"{r:.2f}", 100 * zs, 100 * ft, n] for d, r, zs, ft, n in bins
             ]
     axis.set(xlabel="d(x)", ylabel="Acc$_{ft}$ / Acc$_{zs}$")
-    axis.legend()
+    axis.legend(fontsize=6)
     show(s, "ratio", "Fig. 13", ["set", "d", "ratio", "ZS, %", "FT, %", "n"], rows, figure)
 
 
