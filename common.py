@@ -63,6 +63,10 @@ def parse(Config, argv, doc):
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
+    for name, value in vars(config).items():
+        least = 1 if name in ("epochs", "batch", "seeds") else 0
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     config.given = set(given)
     return config
 
@@ -165,9 +169,9 @@ class Clip:
     std: tuple
 
     @property
-    def image_key(self):
-        """What the images go through, for cache keys."""
-        return [self.size, self.mean, self.std]
+    def key(self):
+        """What shapes an image's features besides the weights, for cache keys."""
+        return [self.name, self.quick_gelu, self.size, self.mean, self.std]
 
 
 class Classifier(nn.Module):
@@ -218,6 +222,10 @@ def load_clip(config):
     said = said if path else open_clip.get_pretrained_cfg(name, tag) or {}
     source = bool(said.get("quick_gelu", "quickgelu" in name))
     gelu = {"auto": source, "yes": True, "no": False}[config.quick_gelu]
+    if not gelu and "quickgelu" in name:
+        raise InputError(f"--quick-gelu no: {name} has QuickGELU; use {name.split('-quick')[0]}")
+    if config.quick_gelu == "auto" and path and "quick_gelu" not in said:
+        print(f"{path} does not say which activation it needs; --quick-gelu overrules the guess")
     download = None if path or tag == "random" else tag
     options = {"force_quick_gelu": gelu, "pretrained_text": False}
     logging.disable(logging.WARNING)  # it says "initialized randomly" though weights follow below
@@ -247,6 +255,8 @@ def load_matching(model, state, path):
 
         state = convert_to_custom_text_state_dict(state)
     own = model.state_dict()
+    counters = {k: v for k, v in own.items() if not v.is_floating_point()}  # of BatchNorm
+    state = counters | state
     missing = [k for k in own if k not in state]
     scalars = [k for k in own if k in state and state[k].numel() == own[k].numel() == 1]
     state = state | {k: state[k].reshape(own[k].shape) for k in scalars}
@@ -303,14 +313,18 @@ def read_weights(path, trust=False):
             said |= {k: v for k, v in raw.items() if isinstance(v, (str, int, float))}
             raw = raw[key]
     state = tensors_in(raw)
-    image = next((k for k in state if "visual." in k), None)
-    if image is None:
-        raise InputError(f"{path}: none of its {len(state)} tensors is an image tower's (visual.*)")
-    prefix, named = image[: image.index("visual.")], {}
+    towers = {k[: k.index("visual.")] for k in state if re.search(r"(^|\.)visual\.", k)}
+    if len(towers) != 1:
+        found = f"{len(towers)} image towers (visual.*): {', '.join(sorted(towers)[:4])}"
+        raise InputError(f"{path}: among its {len(state)} tensors are {found}; expected one")
+    (prefix,), named = towers, {}
     for k, v in state.items():
         head = re.fullmatch(r"(?:module\.)?(?:classification_)?head\.(weight|bias)", k)
+        name = "head." + head[1] if head else k.removeprefix(prefix)
+        if head and name in named:
+            raise InputError(f"{path} holds two classifiers (head.*, classification_head.*)")
         if head or k.startswith(prefix):
-            named["head." + head[1] if head else k.removeprefix(prefix)] = v
+            named[name] = v
     if "input_resolution" in named:  # in OpenAI's own files only, whose models use QuickGELU
         said.setdefault("quick_gelu", True)
     return {k: v.float() for k, v in named.items() if v.is_floating_point()}, said
@@ -329,11 +343,18 @@ def read_torch_file(path, trust):
         return torch.load(path, map_location="cpu", weights_only=True), {}
     with zipfile.ZipFile(path) as archive:
         script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    if script:
+    if script:  # a program, whose __setstate__ runs while it is read
+        import open_clip
+
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        urls = [open_clip.get_pretrained_url(*pair) for pair in open_clip.list_pretrained()]
+        if not any(f"/{digest}/" in url for url in urls):  # OpenAI's addresses hold the hash
+            cure = "if you trust its author like a program's, pass --trust-checkpoint"
+            raise InputError(f"{path} is TorchScript, and none of OpenAI's files; refused; {cure}")
         with warnings.catch_warnings():  # TorchScript is old, but it is what OpenAI publishes
             warnings.simplefilter("ignore", FutureWarning)
             state = torch.jit.load(path, map_location="cpu").state_dict()
-        return dict(state), {"quick_gelu": True} if "input_resolution" in state else {}
+        return dict(state), {}
     foreign = get_unsafe_globals_in_checkpoint(path)
     try:
         with safe_globals([(type("Opaque", (Opaque,), {}), name) for name in foreign]):
@@ -549,14 +570,11 @@ def hold_out(train, fraction, seed):
     """(rest, held out): a seeded share of every class, at least one image of a class with two."""
     if not 0 < fraction < 1:
         raise InputError(f"The validation share is {fraction}, but must lie between 0 and 1.")
-    labels, counts = train.labels.numpy(), np.bincount(train.labels)
-    mixed = np.random.default_rng(seed).permutation(len(labels))
-    mixed = mixed[np.argsort(labels[mixed], kind="stable")]  # class by class, each still mixed
-    place = np.arange(len(labels)) - np.repeat(
-        np.cumsum(counts) - counts, counts
-    )  # within the class
-    quota = np.clip(np.rint(fraction * counts), 1, counts - 1)
-    held = np.isin(np.arange(len(labels)), mixed[place < np.repeat(quota, counts)])
+    labels, rng = train.labels.numpy(), np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    for c in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == c))
+        held[own[: min(max(1, round(fraction * len(own))), len(own) - 1)]] = True
     if not held.any():
         raise InputError(f"{train.path} has one image per class, none to hold out. Add a val/.")
 
@@ -593,7 +611,8 @@ def batches(n, batch, steps, seed, first=0):
         if epoch != order_of:
             order, order_of = np.random.default_rng([seed, epoch]).permutation(n), epoch
         indices = order[i * batch : (i + 1) * batch].tolist()
-        yield [(j, ((seed * 1_000_003 + epoch) * 2_147_483_647 + j) % 2**63) for j in indices]
+        crops = np.random.default_rng([seed, step, n]).integers(2**32, size=len(indices)).tolist()
+        yield list(zip(indices, crops, strict=True))
 
 
 def load_images(split, transform, order, config):
@@ -604,6 +623,7 @@ def load_images(split, transform, order, config):
         num_workers=config.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from the generator that dropout uses
         multiprocessing_context="forkserver" if config.workers else None,  # fork and threads hang
     )
     try:
@@ -710,6 +730,8 @@ def fit(
                 try_write(path, functools.partial(torch.save, payload))
             if asked[0] and done < steps:
                 raise KeyboardInterrupt
+    if first < steps and done < steps:
+        raise InputError(f"{name}: the data ended at step {done} of {steps}; are images missing?")
     module.eval()
 
 
@@ -739,57 +761,54 @@ def restore(path, module, optimiser, scaler, steps, name):
 
 
 def fine_tune(config, name, model, split, clip, lr, seed):
-    """Train all of a Classifier on images with cross-entropy, by the fields of a Config."""
-    transform = train_transform(clip.size, clip.mean, clip.std)
-    n, steps = len(split.labels), steps_of(config, split)
+    """Train a Classifier on augmented images with cross-entropy, by the fields of a Config."""
+    transform, n = train_transform(clip.size, clip.mean, clip.std), len(split.labels)
 
     def batches_from(first):
-        order = batches(n, config.batch, steps, seed, first)
+        order = batches(n, config.batch, steps_of(config, n), seed, first)
         return load_images(split, transform, order, config)
 
     def loss_fn(batch):
         return F.cross_entropy(model(batch[0])[1], batch[1])
 
-    parameters = list(model.parameters())
-    train_by(config, name, model, parameters, loss_fn, batches_from, split, clip, lr, seed)
+    train_by(config, name, model, model, loss_fn, batches_from, n, split, clip, lr, seed)
 
 
 def linear_probe(config, name, model, split, clip, lr, seed):
     """The same for the head alone, on cached features of the test transform."""
     features, labels = frozen_features(config, model, split, clip)
-    steps = config.epochs * math.ceil(len(labels) / config.batch)
+    n = len(labels)
 
     def batches_from(first):
-        for rows in batches(len(labels), config.batch, steps, seed, first):
+        for rows in batches(n, config.batch, steps_of(config, n), seed, first):
             index = torch.tensor([i for i, _ in rows])
             yield features[index], labels[index]
 
     def loss_fn(batch):
         return F.cross_entropy(model.classify(batch[0]), batch[1])
 
-    parameters = list(model.head.parameters())
-    train_by(config, name, model, parameters, loss_fn, batches_from, split, clip, lr, seed)
+    train_by(config, name, model, model.head, loss_fn, batches_from, n, split, clip, lr, seed)
 
 
-def steps_of(config, split):
-    return config.epochs * math.ceil(len(split.labels) / config.batch)
+def steps_of(config, n):
+    return config.epochs * math.ceil(n / config.batch)
 
 
-def train_by(config, name, model, parameters, loss_fn, batches_from, split, clip, lr, seed):
+def train_by(config, name, model, part, loss_fn, batches_from, n, split, clip, lr, seed):
     """`fit` with AdamW; the checkpoint's name is a hash of start, data and every number used."""
     fields = ("epochs", "batch", "weight_decay", "warmup", "clip", "precision")
     said = {k: getattr(config, k) for k in fields} | {"name": name, "lr": lr, "seed": seed}
-    said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu}
-    key = hash_of(model.state_dict(), split.fingerprint, clip.image_key, said)
-    steps = steps_of(config, split)
+    said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu, "images": n}
+    key = hash_of(model.state_dict(), split.fingerprint, clip.key, said)
+    optimiser = torch.optim.AdamW(part.parameters(), lr=lr, weight_decay=config.weight_decay)
     set_seed(seed)
     fit(
         model,
         loss_fn,
         batches_from,
-        torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay),
-        steps=steps,
-        save_every=steps // config.epochs,
+        optimiser,
+        steps=steps_of(config, n),
+        save_every=math.ceil(n / config.batch),
         warmup=config.warmup,
         clip=config.clip,
         precision=config.precision,
@@ -803,7 +822,7 @@ def train_by(config, name, model, parameters, loss_fn, batches_from, split, clip
 def try_write(path, write):
     """Call write(temporary name), fsync, rename: readers see the old file or the new, never a part.
 
-    A full disk or a read-only folder costs the file and not the run, and is said.
+    A full disk or a read-only folder costs the file and not the run, and is said.  -> written?
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -814,10 +833,12 @@ def try_write(path, write):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            return True
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         print(f"could not write {path} ({first_line(error)}); going on without", file=sys.stderr)
+        return False
 
 
 def load_tensors(path):
@@ -884,7 +905,7 @@ def predict(config, models, split, clip):
 
     Raises InputError if models disagree about the images: a file changed under the cache.
     """
-    key = [split.fingerprint, clip.image_key, config.precision]
+    key = [split.fingerprint, clip.key, config.precision, config.skip_bad_images]
     cache = Path(config.out) / "cache"
     path = {
         n: cache / f"{slug(split.name)}-{hash_of(m.state_dict(), key)}.pt"
@@ -916,19 +937,35 @@ def frozen_features(config, model, split, clip):
             zip(("features", "labels"), map(torch.cat, zip(*rows, strict=True)), strict=True)
         )
 
-    key = [model.visual.state_dict(), split.fingerprint, clip.image_key, config.precision]
+    key = [model.visual.state_dict(), split.fingerprint, clip.key, config.precision]
+    key.append(config.skip_bad_images)
     kept = cached(config, "frozen", key, compute)
     return kept["features"], kept["labels"]
 
 
+def cached_together(config, name, keys, compute):
+    """`cached` for {item: key} whose values one pass computes: compute() -> {item: dict}."""
+    found = {x: read_cache(cache_path(config, name, key)) for x, key in keys.items()}
+    if any(value is None for value in found.values()):
+        found = compute()
+        for x, value in found.items():
+            save = functools.partial(torch.save, value)
+            try_write(cache_path(config, name, keys[x]), save)
+    return found
+
+
 def cached(config, name, key, compute):
     """compute() -> dict of tensors and numbers, kept in the cache under the hash of `key`."""
-    path = Path(config.out) / "cache" / f"{slug(name)}-{hash_of(key)}.pt"
+    path = cache_path(config, name, key)
     value = read_cache(path)
     if value is None:
         value = compute()
         try_write(path, functools.partial(torch.save, value))
     return value
+
+
+def cache_path(config, name, key):
+    return Path(config.out) / "cache" / f"{slug(name)}-{hash_of(key)}.pt"
 
 
 def read_cache(path):
@@ -961,7 +998,7 @@ def wilson(k, n, z=1.959964):
     p, scale = k / n, 1 / (1 + z * z / n)
     half = z * scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     middle = scale * (p + z * z / (2 * n))
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ece(probabilities, labels, bins=10):
@@ -1003,6 +1040,9 @@ def temperature(logits, labels, criterion):
         t = (low + high) / 2
         confidence = (logits / math.exp(t)).softmax(1).amax(1).mean()
         low, high = (t, high) if confidence > target else (low, t)
+    if abs(confidence - target) > 1e-3:  # ties: the confidence jumps past it
+        print(f"temperature: none gives a mean confidence of {target:.3f}; 1 is used")
+        return 1.0
     return math.exp(t)
 
 
@@ -1093,10 +1133,13 @@ def write_results(config, device, rows):
         splits = {s: {"right": k, "n": n, "wilson95": wilson(k, n)} for s, (k, n) in counts.items()}
         lines.append(json.dumps({**row, "right": splits, "run": run}))
     path = Path(config.out) / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-    print(f"\nresults: {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        print(f"\nresults: {path}")
+    except OSError as error:
+        print(f"\ncould not write {path} ({error}); going on without", file=sys.stderr)
 
 
 def new_figure(columns=1, rows=1):
@@ -1118,10 +1161,15 @@ def save_figure(figure, path, header, rows):
 
     import matplotlib.pyplot as plt
 
+    def write_rows(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"))
+    wrote = try_write(path.with_suffix(".csv"), write_rows)
+    if (
+        try_write(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png"))
+        and wrote
+    ):
+        print(f"figure: {path.with_suffix('.png')}")
     plt.close(figure)
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-    print(f"figure: {path.with_suffix('.png')}")

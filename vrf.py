@@ -158,7 +158,7 @@ def kth_distance(v, V, k, squared=False):
         widths = f"{v.shape[1]} and {V.shape[1]}"
         raise common.InputError(f"distance: features have width {widths}; use one encoder for both")
     if len(V) == 0:
-        return torch.full((len(v),), math.inf)
+        return v.new_full((len(v),), math.inf)
     if not 1 <= k <= len(V):
         raise common.InputError(f"distance: k = {k} of {len(V)} stored; expected 1 to {len(V)}")
     norms, d = V.square().sum(1), [v.new_empty(0)]
@@ -190,17 +190,16 @@ def weight(d, a, b, form="sigmoid"):
 
 def train_models(config, data, clip, zero_shot, seed):
     """{name: Classifier} of ZS and --methods. Heads start from ZS's; LP-FT starts from LC."""
-    wanted = common.choose(config.methods, METHODS, "--methods")
-    models = {"ZS": zero_shot}
-    if {"LC", "LP-FT"} & set(wanted):
-        models["LC"] = copy.deepcopy(zero_shot)
-        args = models["LC"], data.train, clip, config.lr_lc, seed
-        common.linear_probe(config, f"LC, seed {seed}", *args)
-    for name, start, lr in (("E2E-FT", "ZS", config.lr), ("LP-FT", "LC", config.lr_lpft)):
-        if name in wanted:
+    wanted, models = common.choose(config.methods, METHODS, "--methods"), {"ZS": zero_shot}
+    recipes = {
+        "LC": ("ZS", common.linear_probe, config.lr_lc),
+        "E2E-FT": ("ZS", common.fine_tune, config.lr),
+        "LP-FT": ("LC", common.fine_tune, config.lr_lpft),
+    }
+    for name, (start, train, lr) in recipes.items():
+        if name in wanted or (name == "LC" and "LP-FT" in wanted):
             models[name] = copy.deepcopy(models[start])
-            args = models[name], data.train, clip, lr, seed
-            common.fine_tune(config, f"{name}, seed {seed}", *args)
+            train(config, f"{name}, seed {seed}", models[name], data.train, clip, lr, seed)
     return {name: models[name] for name in ["ZS", *wanted]}
 
 
@@ -222,33 +221,36 @@ def load_finetuned(config, data, clip, zero_shot):
     return {"ZS": zero_shot, "Fine-tuned": model}
 
 
-def scan_training_set(config, data, clip, models):
-    """Algorithm 1, offline: one pass over train for all models. Keeps labels [N], every model's
-    argmax [N] and its features [M', D] of the samples that ZS gets wrong, of which V is a part;
-    never logits, which at 1.28 M x 1000 are 5 GB a model.
+def scan_training_set(config, data, clip, models, method):
+    """Algorithm 1, offline: one pass over train for all `models`, kept for each of them.
+
+    {"labels", "zs", "ft": argmax [N], "features/zs", "features/ft": [M', D] of the samples that ZS
+    gets wrong, of which V is a part}. Never logits: 1.28 M x 1000 of them are 5 GB a model.
     """
+    fields = [data.train.fingerprint, clip.key, config.precision, config.skip_bad_images]
+    weights = {m: model.state_dict() for m, model in models.items()}
+    todo = {m: [weights["ZS"], weights[m], fields] for m in models if m != "ZS"}
 
     def compute():
         kept = {}
         for _, labels, out in common.forward(config, models, data.train, clip):
-            wrong = out["ZS"][1].argmax(1) != labels
-            rows = {"labels": labels}
-            for m, (features, logits) in out.items():
-                rows |= {f"argmax/{m}": logits.argmax(1), f"features/{m}": features[wrong]}
-            for name, value in rows.items():
-                kept.setdefault(name, []).append(value)
-        return {name: torch.cat(parts) for name, parts in kept.items()}
+            zs = out["ZS"][1].argmax(1)
+            wrong = zs != labels
+            for m in todo:
+                rows = {"labels": labels, "zs": zs, "ft": out[m][1].argmax(1)}
+                rows |= {"features/zs": out["ZS"][0][wrong], "features/ft": out[m][0][wrong]}
+                for name, value in rows.items():
+                    kept.setdefault(m, {}).setdefault(name, []).append(value)
+        return {m: {k: torch.cat(x) for k, x in rows.items()} for m, rows in kept.items()}
 
-    weights = {m: model.state_dict() for m, model in models.items()}
-    key = [weights, data.train.fingerprint, clip.image_key, config.precision]
-    return common.cached(config, "scan", key, compute)
+    return common.cached_together(config, "scan", todo, compute)[method]
 
 
 def failure_features(config, scan, method):
     """V as L2-normalised features [M, D] (A2), and k."""
-    labels, zs = scan["labels"], scan["argmax/ZS"]
-    kept = failures(zs, scan[f"argmax/{method}"], labels, config.zsf_rule)[zs != labels]
-    V = scan[f"features/{'ZS' if config.features == 'zs' else method}"][kept]
+    labels, zs = scan["labels"], scan["zs"]
+    kept = failures(zs, scan["ft"], labels, config.zsf_rule)[zs != labels]
+    V = scan[f"features/{config.features}"][kept]
     if len(V) == 0:
         print(f"{method}: ZS fails on no training sample that FT gets right; VRF is zero-shot then")
     # Differs (A2): Eq. (3) stores raw features; the authors' code normalises before the search
@@ -260,12 +262,11 @@ def failure_features(config, scan, method):
 
 @dataclass
 class Study:
-    """One seed: models, {split: {model: Prediction}}, {model: temperature}, scan of train."""
+    """One seed: models, {split: {model: Prediction}}, {model: temperature}."""
 
     models: dict
     of: dict
     T: dict
-    scan: dict
 
 
 def collect(config, data, clip, models):
@@ -275,7 +276,7 @@ def collect(config, data, clip, models):
     val = {m: (p.logits, p.labels) for m, p in of["val"].items()}
     # Differs (A6): the paper's text has no temperature, the authors' code has one for VRF
     T = {m: common.temperature(*val[m], config.temperature) for m in models}
-    return Study(models, of, T, scan_training_set(config, data, clip, models))
+    return Study(models, of, T)
 
 
 @dataclass
@@ -310,7 +311,7 @@ def make_pairs(config, study, method, V, k):
 
 def ab_candidates(config, kind):
     """(a, b) to try on ID val, smallest first. They are given for squared d; for plain d (A1) they
-    become sqrt(a), b / (2 sqrt(a)), to first order at d = a.
+    become sqrt(a), b / (2 sqrt(a)), to first order at d = a; the linear weight's b is 1 / width.
     """
     # Differs (A9): the paper searches on a grid that it does not state, the code has one fixed pair
     known = {"search": AB_GRID, "code": [AB_CODE], "paper": [AB_PAPER.get((config.model, kind))]}
@@ -324,7 +325,8 @@ def ab_candidates(config, kind):
             raise common.InputError(f"--ab {config.ab}: expected {expected}")
         grid = [tuple(numbers)]
     if config.distance == "paper":
-        grid = [(math.sqrt(a), b / (2 * math.sqrt(a))) for a, b in grid]
+        power = 1 if config.weight == "linear" else -1
+        grid = [(math.sqrt(a), b * (2 * math.sqrt(a)) ** power) for a, b in grid]
     return grid
 
 
@@ -367,29 +369,35 @@ def weight_space(config, data, clip, study, method):
 
 def evaluate(config, data, clip, models, seed):
     """Rows {"method", "seed", "choice", "right": {split: bool [N]}}, and {FT: {split: Pair}}."""
+    mixed = common.choose(config.ensemble, METHODS, "--ensemble")
+    mixed = [m for m in models if m in mixed or m == "Fine-tuned"]
     study = collect(config, data, clip, models)
     reported = [s for s in study.of if s != "val"]
     rows, pairs = [], {}
 
-    def add(method, right, choice=None):
-        rows.append({"method": method, "seed": seed, "choice": choice, "right": right})
+    def add(method, right, choice=None, ours=False):
+        row = {"method": method, "seed": seed, "choice": choice, "ours": ours, "right": right}
+        rows.append(row)
 
     for m in models:
         add("Zero-shot" if m == "ZS" else m, {s: study.of[s][m].right for s in reported})
-        if m == "ZS" or m not in config.ensemble.split(",") and not config.finetuned:
+        if m not in mixed:
             continue
         alpha, right = weight_space(config, data, clip, study, m)
         add(f"{m} +WSE", right, alpha)
-        V, k = failure_features(config, study.scan, m)
-        print(f"{m}, seed {seed}: |V| = {len(V)} of {len(study.scan['labels'])}, k = {k},", end=" ")
+        scanned = {x: models[x] for x in ("ZS", *mixed)}
+        scan = scan_training_set(config, data, clip, scanned, m)
+        V, k = failure_features(config, scan, m)
+        print(f"{m}, seed {seed}: |V| = {len(V)} of {len(scan['labels'])}, k = {k},", end=" ")
         print(f"temperatures: ZS {study.T['ZS']:.2f}, {m} {study.T[m]:.2f}")
         e = pairs[m] = make_pairs(config, study, m, V, k)
         for name, (grid, f) in ensembles(config, ab_candidates(config, data.kind)).items():
             point, _ = best(grid, f, e["val"])
-            add(f"{m} {name}", {s: right_of(f, e[s], point) for s in reported}, point)
-            if name in ("+OSE", "+VRF"):  # Tab. 11: tuned on each test set, a bound and no result
+            paper = name in ("+OSE", "+VRF")
+            add(f"{m} {name}", {s: right_of(f, e[s], point) for s in reported}, point, not paper)
+            if paper:  # Tab. 11: tuned on each test set, a bound and no result
                 right = {s: right_of(f, e[s], best(grid, f, e[s])[0]) for s in reported}
-                add(f"{m} {name} oracle", right)
+                add(f"{m} {name} oracle", right, ours=True)
     return rows, pairs
 
 
@@ -400,12 +408,12 @@ def right_of(scores, pair, point):
 def print_tables(config, data, rows):
     """The table in the paper's form, the rows that the paper lacks, and the paper's numbers."""
     runs = f"mean of {config.seeds} fine-tuning run{'s' * (config.seeds > 1)}"
-    extra = ("calibrated", "raw", "oracle")
-    own = [r for r in rows if any(word in r["method"] for word in extra)]
+    own = [r for r in rows if r["ours"]]
     title = f"accuracy in %, {runs}; alpha, a/b chosen on ID val"
-    print("\n" + common.accuracy_table([r for r in rows if r not in own], title))
-    title = "not in the paper's tables (A7); oracle: tuned on each test set itself (Tab. 11)"
-    print("\n" + common.accuracy_table(own, title))
+    print("\n" + common.accuracy_table([r for r in rows if not r["ours"]], title))
+    if own:
+        title = "not in the paper's tables (A7); oracle: tuned on each test set itself (Tab. 11)"
+        print("\n" + common.accuracy_table(own, title))
     for block in json.loads((common.EMBEDDED / "vrf_paper.json").read_text())["tables"]:
         if (config.model, data.kind) == (block["model"], block["kind"]):
             print("\n" + common.table(block["columns"], block["rows"], f"paper, {block['table']}"))
@@ -414,6 +422,9 @@ def print_tables(config, data, rows):
 
 def windows(d):
     """(low, centre, high) over the bulk of d: 0.2 wide every 0.1, as in Fig. 2, or finer."""
+    d = np.asarray(d)[np.isfinite(d)]  # infinite if there are no failures
+    if len(d) == 0:
+        return []
     low, high = (float(np.quantile(d, q)) for q in (0.01, 0.99))
     step = min(0.1, max(high - low, 1e-3) / 8)
     return [(c - step, c, c + step) for c in np.arange(low, high + step / 2, step)]
@@ -497,7 +508,11 @@ def prepare(argv=None):
     config = common.parse(Config, argv, __doc__)
     data = common.open_data(config.data, config.val_fraction, config.select_on_test, config.seed)
     print(common.describe(data))
-    common.apply_preset(config, data.kind, PRESETS)
+    if not config.given & {"model", "pretrained", "weights"} or data.kind != "digits":
+        common.apply_preset(config, data.kind, PRESETS)
+    else:  # another model on the digits: their recipe, not their weights
+        recipe = {k: x for k, x in PRESETS["digits"].items() if k not in ("model", "weights")}
+        common.apply_preset(config, "digits", {"digits": recipe})
     common.choose(config.methods, METHODS, "--methods")  # now, not after hours of training
     common.choose(config.ensemble, METHODS, "--ensemble")
     ab_candidates(config, data.kind)
@@ -510,6 +525,7 @@ def prepare(argv=None):
 
 def main(argv=None):
     config, data, clip, zero_shot = prepare(argv)
+    config.seeds = 1 if config.finetuned else config.seeds  # nothing is random then
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         if config.finetuned:
@@ -518,8 +534,8 @@ def main(argv=None):
             models = train_models(config, data, clip, zero_shot, seed)
         new, pairs = evaluate(config, data, clip, models, seed)
         rows += new
-    print_tables(config, data, rows)
     common.write_results(config, zero_shot.head.weight.device, rows)
+    print_tables(config, data, rows)
     if pairs and data.shifts:
         method = next(iter(pairs))
         figure(config, rows, pairs[method], method)

@@ -40,6 +40,7 @@ class Setting:
     clip: common.Clip
     study: vrf.Study
     method: str
+    scan: dict
     V: torch.Tensor
     k: int
     pairs: dict
@@ -55,14 +56,15 @@ def set_up(config, data, clip, zero_shot, methods):
     else:
         models = vrf.train_models(config, data, clip, zero_shot, config.seed)
     study, method = vrf.collect(config, data, clip, models), list(models)[1]
-    V, k = vrf.failure_features(config, study.scan, method)
+    scan = vrf.scan_training_set(config, data, clip, models, method)
+    V, k = vrf.failure_features(config, scan, method)
     pairs = vrf.make_pairs(config, study, method, V, k)
     grid = vrf.ab_candidates(config, data.kind)
     ab, _ = vrf.best(grid, sample_wise(config.weight), pairs["val"])
     print(
         f"{method}, seed {config.seed}: |V| = {len(V)}, k = {k}, a = {ab[0]:.3g}, b = {ab[1]:.3g}"
     )
-    return Setting(config, data, clip, study, method, V, k, pairs, grid, ab)
+    return Setting(config, data, clip, study, method, scan, V, k, pairs, grid, ab)
 
 
 def sample_wise(form):
@@ -139,8 +141,8 @@ def weight_space_percent(s, model):
 def grid(s):
     """Tab. 10, Figs. 6, 10: ID and shifts over a, around the chosen one, and b."""
     a0, f = s.ab[0], sample_wise(s.config.weight)
-    table_1 = s.data.kind == "imagenet" and s.config.distance == "code"
-    a_values = (1.4, 1.5, 1.6) if table_1 else [a0 * x for x in (0.5, 0.75, 1, 1.25, 1.5)]
+    as_table_10 = s.data.kind == "imagenet" and s.config.distance == "code"
+    a_values = (1.4, 1.5, 1.6) if as_table_10 else [a0 * x for x in (0.5, 0.75, 1, 1.25, 1.5)]
     b_values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 5.0, 10.0, 20.0]
     rows = [
         [f"{a:.3g}", b, *percent(s.pairs, lambda e, ab=(a, b): f(e, ab))]
@@ -182,7 +184,7 @@ def train_features(s):
 
 
 def k(s):
-    """Fig. 5c: k as a share of |V|; the paper's shares."""
+    """Fig. 5c: k as a share of |V|; the paper's shares and 1 %."""
     rows, scores = [], sample_wise(s.config.weight)
     for p in (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5):
         count = vrf.neighbours(len(s.V), "paper", p)
@@ -218,13 +220,12 @@ def reference(s):
 
 def source(s):
     """A3: features of the fine-tuned encoder, as in paper and code, or of the zero-shot one."""
-    rows, before = [], s.config.features
+    rows = []
     for name in ("ft", "zs"):
-        s.config.features = name
-        V, count = vrf.failure_features(s.config, s.study.scan, s.method)
-        pairs = vrf.make_pairs(s.config, s.study, s.method, V, count)
-        rows.append(chosen_row(s, name, s.grid, sample_wise(s.config.weight), pairs))
-    s.config.features = before
+        config = dataclasses.replace(s.config, features=name)
+        V, count = vrf.failure_features(config, s.scan, s.method)
+        pairs = vrf.make_pairs(config, s.study, s.method, V, count)
+        rows.append(chosen_row(s, name, s.grid, sample_wise(config.weight), pairs))
     show(s, "source", "features searched (A3)", columns(s, "encoder", "a/b"), rows)
 
 

@@ -239,7 +239,7 @@ def test_trust_checkpoint_reads_what_the_restricted_reader_refuses(tmp_path, mon
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_openais_torchscript_file_is_read_and_known_by_its_activation(tmp_path):
+def test_torchscript_is_a_program_and_read_only_if_openais_or_trusted(tmp_path):
     class Visual(nn.Module):
         def __init__(self):
             super().__init__()
@@ -250,7 +250,9 @@ def test_openais_torchscript_file_is_read_and_known_by_its_activation(tmp_path):
             return self.visual(x)
 
     torch.jit.trace(Visual(), torch.zeros(1, 2)).save(tmp_path / "ViT.pt")
-    state, said = common.read_weights(tmp_path / "ViT.pt")
+    with pytest.raises(common.InputError, match="none of OpenAI's files; refused"):
+        common.read_weights(tmp_path / "ViT.pt")
+    state, said = common.read_weights(tmp_path / "ViT.pt", trust=True)
     assert set(state) == {"visual.weight", "visual.bias"} and said["quick_gelu"] is True
 
 
