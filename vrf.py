@@ -422,7 +422,8 @@ def print_tables(config, data, rows):
 
 def windows(d):
     """(low, centre, high) over the bulk of d: 0.2 wide every 0.1, as in Fig. 2, or finer."""
-    d = np.asarray(d)[np.isfinite(d)]  # infinite if there are no failures
+    d = np.asarray(d)
+    d = d[np.isfinite(d)]  # infinite if there are no failures
     if len(d) == 0:
         return []
     low, high = (float(np.quantile(d, q)) for q in (0.01, 0.99))

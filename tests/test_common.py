@@ -313,10 +313,36 @@ def test_learning_rate_warms_up_linearly_and_ends_at_zero():
     assert common.warmup_cosine(500 + 12_265, 500, 25_030) == pytest.approx(0.5)
 
 
-def test_an_epoch_is_a_permutation_and_2503_steps_at_imagenet_size():
-    first = [i for b in common.batches(103, 10, 11, seed=0) for i, _ in b]
-    assert sorted(first) == list(range(103))
-    assert math.ceil(1_281_167 / 512) == 2503
+def test_an_epoch_is_a_permutation_and_the_next_is_another():
+    steps = [[i for i, _ in b] for b in common.batches(103, 10, 22, seed=0)]
+    first, second = sum(steps[:11], []), sum(steps[11:], [])
+    assert sorted(first) == sorted(second) == list(range(103)) and first != second
+
+
+def test_crops_differ_between_images_and_epochs():
+    seeds = [s for b in common.batches(50, 10, 50, seed=0) for _, s in b]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_training_that_runs_out_of_data_is_an_error():
+    model = nn.Linear(2, 1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(common.InputError, match="the data ended at step 1 of 3"):
+        batch = (torch.zeros(1, 2),)
+        common.fit(model, lambda b: model(b[0]).sum(), lambda s: [batch], optimiser, steps=3)
+
+
+def test_a_temperature_beyond_tied_logits_is_said(capsys):
+    logits, labels = torch.tensor([[1.0, 1.0]] * 10), torch.tensor([0] * 9 + [1])
+    assert common.temperature(logits, labels, "code") == 1.0
+    assert "none gives a mean confidence of 0.900" in capsys.readouterr().out
+
+
+def test_a_file_with_two_image_towers_is_refused(tmp_path):
+    state = {"momentum.visual.w": torch.zeros(1), "model.visual.w": torch.ones(1)}
+    torch.save(state, tmp_path / "two.pt")
+    with pytest.raises(common.InputError, match="2 image towers"):
+        common.read_weights(tmp_path / "two.pt")
 
 
 def test_batches_of_a_step_do_not_depend_on_where_one_starts():
@@ -530,6 +556,23 @@ def test_a_damaged_or_unwritable_cache_costs_time_and_not_the_run(
     assert "going on without" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["precision", "quick_gelu", "mean", "skip", "name"])
+def test_what_changes_features_changes_every_cache(change, classifier, clip, tmp_path):
+    split, other, config = random_split(8), copy.copy(clip), tiny_config(tmp_path)
+    common.predict(config, {"a": classifier}, split, clip)
+    common.frozen_features(config, classifier, split, clip)
+    before = len(list(tmp_path.glob("cache/*")))
+    if change == "precision":
+        config.precision = "bf16"
+    elif change == "skip":
+        config.skip_bad_images = True
+    else:
+        setattr(other, change, {"quick_gelu": True, "mean": (0.0,) * 3, "name": "x"}[change])
+    common.predict(config, {"a": classifier}, split, other)
+    common.frozen_features(config, classifier, split, other)
+    assert (before, len(list(tmp_path.glob("cache/*")))) == (2, 4)
+
+
 def test_caches_that_disagree_about_labels_are_an_error(classifier, clip, tmp_path):
     config, split, other = tiny_config(tmp_path), random_split(), copy.deepcopy(classifier)
     with torch.no_grad():
@@ -564,10 +607,10 @@ def test_ece_counts_a_confidence_on_an_edge_in_the_lower_bin():
 
 def test_nll_by_hand_and_finite_at_zero():
     p = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    assert common.nll(torch.tensor([[0.0, 1.0]]), torch.tensor([0])) == pytest.approx(87.3, abs=0.1)
     assert common.nll(p, torch.tensor([0, 1])) == pytest.approx(
         -(math.log(0.5) + math.log(0.75)) / 2
     )
-    assert math.isfinite(common.nll(torch.tensor([[0.0, 1.0]]), torch.tensor([0])))
 
 
 def calibrated_logits(n=4000, classes=10):
@@ -618,6 +661,33 @@ def test_gain_interval_matches_the_normal_one_for_paired_answers():
     identity, _ = common.gain(rows_of(better.tolist(), base.tolist()), "a", "b")
     mean, half = 100 * difference.mean().item(), 196 * difference.std().item() / math.sqrt(n)
     assert identity == pytest.approx((mean, mean - half, mean + half), abs=0.12)
+
+
+def test_gain_averages_seeds_and_keeps_id_and_shifts_apart():
+    rows = []
+    for seed, shift in ((0, [True, True]), (1, [True, False])):
+        own = {"ID": torch.tensor([True, False]), "shift": torch.tensor(shift)}
+        base = {"ID": torch.tensor([True, True]), "shift": torch.tensor([False, False])}
+        rows += [{"method": "a", "seed": seed, "right": own}]
+        rows += [{"method": "b", "seed": seed, "right": base}]
+    identity, shift = common.gain(rows, "a", "b")
+    assert identity[0] == -50 and shift[0] == 75
+    assert identity[1:] == (-100, 0) and shift[1] < 75 < shift[2] == 100
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    def rows(rights):
+        zero = torch.zeros(400, dtype=torch.bool)
+        return [
+            {"method": m, "seed": i, "right": {"ID": r, "s": r}}
+            for i, right in enumerate(rights)
+            for m, r in (("a", right), ("b", zero))
+        ]
+
+    half = torch.arange(400) % 2 == 0
+    same, _ = common.gain(rows([half, half]), "a", "b")
+    apart, _ = common.gain(rows([torch.ones(400).bool(), torch.zeros(400).bool()]), "a", "b")
+    assert same[0] == apart[0] == 50 and apart[2] - apart[1] > 4 * (same[2] - same[1])
 
 
 def test_average_shift_leaves_out_the_first_split():

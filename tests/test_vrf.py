@@ -264,3 +264,100 @@ def test_printed_averages_are_the_means_of_their_rows_but_for_the_noted_slips():
     }
     noted = {(b["table"], n.split(":")[0]) for b in tables for n in b["notes"]}
     assert slips <= noted
+
+
+# rows of the table
+
+
+def hand_made_pair():
+    """Two samples, two classes, temperatures 2 and 1/2, distances 0 and 9."""
+    zs, ft = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    return vrf.Pair(zs, ft, (2.0, 0.5), torch.tensor([0.0, 9.0]), torch.tensor([0, 1]))
+
+
+def test_every_ensemble_row_mixes_what_its_name_says():
+    e, rows = hand_made_pair(), vrf.ensembles(config(), [(1.5, 0.6)])
+    zs, ft = F.softmax(e.zs, 1), F.softmax(e.ft, 1)
+    zs_cal, ft_cal = F.softmax(e.zs / 2, 1), F.softmax(e.ft * 2, 1)
+    w = torch.sigmoid(-(e.d - 1.5) / 0.6)[:, None]
+    expected = {
+        "+OSE": (0.3, 0.3 * ft + 0.7 * zs),
+        "+VRF": ((1.5, 0.6), w * ft_cal + (1 - w) * zs_cal),
+        "+OSE calibrated": (0.3, 0.3 * ft_cal + 0.7 * zs_cal),
+        "+OSE calibrated, alpha 1/2": (0.5, 0.5 * ft_cal + 0.5 * zs_cal),
+        "+LSE calibrated": (0.3, 0.3 * e.ft * 2 + 0.7 * e.zs / 2),
+        "+VRF raw": ((1.5, 0.6), w * ft + (1 - w) * zs),
+    }
+    assert rows.keys() == expected.keys()
+    for name, (point, scores) in expected.items():
+        torch.testing.assert_close(rows[name][1](e, point), scores)
+    assert rows["+OSE"][0] == [i / 10 for i in range(11)] and rows["+VRF"][0] == [(1.5, 0.6)]
+
+
+def test_temperatures_are_each_models_own_and_distances_of_the_asked_encoder():
+    logits = {"ZS": torch.tensor([[2.0, 0.0]]), "FT": torch.tensor([[0.0, 3.0]])}
+    features = {"ZS": torch.tensor([[0.0, 5.0]]), "FT": torch.tensor([[7.0, 0.0]])}
+    of = {m: common.Prediction(features[m], logits[m], torch.tensor([0])) for m in logits}
+    study = vrf.Study({}, {"val": of}, {"ZS": 2.0, "FT": 0.5})
+    V = torch.tensor([[1.0, 0.0]])
+    pair = vrf.make_pairs(config(), study, "FT", V, 1)["val"]
+    torch.testing.assert_close(pair.calibrated[0], F.softmax(logits["ZS"] / 2, 1))
+    torch.testing.assert_close(pair.calibrated[1], F.softmax(logits["FT"] / 0.5, 1))
+    assert pair.d.item() == 0.0
+    zs = vrf.make_pairs(config(features="zs"), study, "FT", V, 1)["val"]
+    plain = vrf.make_pairs(config(features="zs", distance="paper"), study, "FT", V, 1)["val"]
+    assert zs.d.item() == pytest.approx(2.0) and plain.d.item() == pytest.approx(math.sqrt(2))
+
+
+def test_the_grid_starts_at_the_zero_shot_side():
+    assert vrf.AB_GRID == sorted(vrf.AB_GRID) and vrf.AB_GRID[0] == (0.1, 0.1)
+    assert vrf.ALPHAS == sorted(vrf.ALPHAS)
+
+
+def test_the_linear_weight_keeps_its_values_to_first_order_on_the_plain_distance():
+    given = config(ab="2.0,0.8", weight="linear", distance="paper")
+    ((a, b),) = vrf.ab_candidates(given, "digits")
+    squared, plain = torch.tensor([1.95, 2.0, 2.05]), torch.tensor([1.95, 2.0, 2.05]).sqrt()
+    expected = vrf.weight(squared, 2.0, 0.8, "linear")
+    torch.testing.assert_close(vrf.weight(plain, a, b, "linear"), expected, atol=1e-3, rtol=0)
+
+
+def test_defaults_are_the_papers():
+    c = config()
+    assert (c.model, c.pretrained, c.epochs, c.batch) == ("ViT-B-16", "openai", 10, 512)
+    assert (c.lr, c.lr_lpft, c.lr_lc, c.weight_decay) == (3e-5, 1e-5, 0.1, 0.1)
+    assert (c.warmup, c.clip, c.p, c.ab) == (500, 1.0, 0.001, "search")
+    table_7 = {(1.5, 0.6), (0.3, 0.3), (1.1, 0.6), (1.5, 0.5)}
+    assert set(vrf.AB_PAPER.values()) == table_7 and vrf.AB_CODE == (1.5, 0.6)
+    assert vrf.AB_PAPER["ViT-B-32", "imagenet"] == (1.5, 0.6)
+
+
+def test_recipes_start_where_the_paper_says_with_their_own_rates(monkeypatch):
+    calls = []
+
+    def train(kind):
+        def record(config, name, model, split, clip, lr, seed):
+            calls.append((kind, name, model.bias.item(), lr, seed))
+            with torch.no_grad():
+                model.bias += 1
+
+        return record
+
+    monkeypatch.setattr(common, "linear_probe", train("probe"))
+    monkeypatch.setattr(common, "fine_tune", train("fine-tune"))
+    start = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(start.bias)
+    data = common.Data("digits", [], [], None, None, None, [], [])
+    models = vrf.train_models(config(methods="E2E-FT,LP-FT"), data, None, start, 7)
+    assert calls == [
+        ("probe", "LC, seed 7", 0.0, 0.1, 7),
+        ("fine-tune", "E2E-FT, seed 7", 0.0, 3e-5, 7),
+        ("fine-tune", "LP-FT, seed 7", 1.0, 1e-5, 7),
+    ]
+    assert list(models) == ["ZS", "E2E-FT", "LP-FT"] and start.bias.item() == 0
+
+
+def test_no_distance_is_finite_and_no_window_without_failures():
+    assert vrf.windows(torch.full((5,), math.inf)) == []
+    narrow, wide = vrf.windows(torch.linspace(0, 0.08, 99)), vrf.windows(torch.linspace(0, 3, 99))
+    assert wide[0][2] - wide[0][0] == pytest.approx(0.2) and len(narrow) >= 8

@@ -61,11 +61,36 @@ def setting(tmp_path_factory):
     return ablations.set_up(*prepared, ["E2E-FT", "LC"])
 
 
-def test_detectors_let_95_percent_of_id_val_through(setting):
-    for score in ablations.detectors(setting).values():
-        threshold = torch.quantile(score("val").double(), 0.05)
-        share = (score("val") >= threshold).double().mean().item()
-        assert share == pytest.approx(0.95, abs=0.01)
+def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(monkeypatch, capsys):
+    n = 100
+    labels = torch.zeros(n).long()
+    zs, ft = torch.tensor([[0.0, 1.0]] * n), torch.tensor([[1.0, 0.0]] * n)  # FT right, ZS wrong
+    pair = vrf.Pair(zs, ft, (1.0, 1.0), torch.ones(n), labels)
+    score = {
+        "val": torch.arange(n) / n,
+        "ID": torch.arange(n) / n,
+        "far": torch.arange(n) / n - 0.5,
+    }
+    monkeypatch.setattr(ablations, "detectors", lambda s: {"score": score.__getitem__})
+    pairs = {"val": pair, "ID": pair, "far": pair}
+    given = vrf.Config()
+    s = ablations.Setting(given, None, None, None, "FT", {}, None, 1, pairs, [], (1.5, 0.6))
+    ablations.selective(s)
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("score"))
+    assert row.split() == ["score", "95.0", "45.0", "45.0"]
+
+
+def test_far_features_score_lower_with_every_distance_detector(setting):
+    near = setting.study.of["val"]["E2E-FT"].features
+    real = setting.study.of
+    try:
+        setting.study.of = {"near": {"E2E-FT": common.Prediction(near, None, None)}}
+        setting.study.of["far"] = {"E2E-FT": common.Prediction(-near, None, None)}
+        found = ablations.detectors(setting)
+        for name in ("Mahalanobis", "kNN"):
+            assert found[name]("near").mean() > found[name]("far").mean()
+    finally:
+        setting.study.of = real
 
 
 def test_msp_and_energy_by_hand(setting):
