@@ -917,6 +917,8 @@ def predict(config, models, split, clip):
         for index, labels, out in forward(config, todo, split, clip):
             for n in todo:
                 parts[n].append((*out[n], labels, index))
+        if not any(parts.values()):
+            raise InputError(f"{split.name}: none of its {len(split.labels)} images can be read")
         for n in todo:
             columns = map(torch.cat, zip(*parts[n], strict=True))
             found[n] = dict(zip(("features", "logits", "labels", "index"), columns, strict=True))

@@ -1,6 +1,6 @@
 """The ablations and further figures of VRF (Sec. 5.3, Apps. B, C): sweeps over vrf.py's functions.
 
-    python studies/vrf_ablations.py all                 # digits: all of them, @MINUTES@
+    python studies/vrf_ablations.py all                 # digits: all of them, 1 minute after vrf.py
     python studies/vrf_ablations.py k --data /imagenet  # one; every flag of vrf.py works here, too
 
     sweep      Tabs. 8, 9, Fig. 5b   OSE, LSE, WSE by alpha    grid    Tab. 10       a and b
