@@ -1,7 +1,7 @@
 """What the four method scripts share; whatever has an equation number stands in its paper's script.
 
 Sections, in the order in which a script uses them:
-command line / CLIP / data / train / predict / metrics / results.
+command line / CLIP / data / train / predict / metrics / results / kernels.
 
 Shapes, in every file: B batch, N samples, C classes, D features, M stored failures, T templates.
 `config` is a script's Config: the functions here read only the fields that all scripts have.
@@ -1175,3 +1175,21 @@ def save_figure(figure, path, header, rows):
     ):
         print(f"figure: {path.with_suffix('.png')}")
     plt.close(figure)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+# The C++ and CUDA sources, their build and the checks of their arguments: csrc/.
+
+
+def kernels(work=math.inf):
+    """The compiled kernels, built at first use; None where they cannot be had, which is printed.
+
+    `work`: the multiply-adds that they would do. Below 1e11, a few seconds of PyTorch on two cores,
+    a first run would wait longer for the build (about 15 s) than it gains: None, nothing built.
+    KERNELS=off switches them off. Raises InputError if KERNELS_ISA names no path of this CPU.
+    """
+    if work < 1e11:
+        return None
+    from csrc import build
+
+    return build.load()

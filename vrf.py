@@ -301,10 +301,15 @@ class Pair:
 def make_pairs(config, study, method, V, k):
     """{split: Pair} for ZS and `method`, with distances to the rows of V."""
     pairs, T = {}, (study.T["ZS"], study.T[method])
+    kernels = common.kernels(sum(len(of[method].labels) for of in study.of.values()) * V.numel())
+    squared = config.distance == "code"
     for split, of in study.of.items():
         v = F.normalize(of["ZS" if config.features == "zs" else method].features, dim=1)
         # Differs (A1): the paper writes the plain distance, but its a and b fit the squared one
-        d = kth_distance(v, V, k, squared=config.distance == "code")
+        if kernels:  # kth_distance, faster
+            d = kernels.knn_kth_distance(v, V, k) ** (2 if squared else 1)
+        else:
+            d = kth_distance(v, V, k, squared)
         pairs[split] = Pair(of["ZS"].logits, of[method].logits, T, d, of[method].labels)
     return pairs
 

@@ -1,0 +1,195 @@
+"""Compiles the unchanged CUDA kernels for the CPU (csrc/emulator) and runs them.
+
+A `Library` stands in for the compiled extension: its `*_cuda` methods take addresses as the real
+ones do, register the memory that csrc/kernels_cuda.h lets the launcher touch, run it under the
+chosen schedule of threads and raise `KernelError` with the checker's report, code offsets turned
+into file:line. So the Python wrappers of the GPU path are tested as well.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from csrc import build
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+EMULATOR = CSRC / "emulator"
+CACHE = Path(tempfile.gettempdir()) / f"emulated-kernels-{os.getuid()}"
+SCHEDULES = (0, 1, 2)  # threads and blocks ascending, descending, shuffled
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off"]
+FLAGS += ["-fno-strict-aliasing", "-Wall", "-Werror"]
+# The kernels' loads and stores become calls of the checker; the engine's own do not.
+KERNEL_FLAGS = ["-fsanitize=thread,bounds,alignment", "--param=tsan-instrument-func-entry-exit=0"]
+KERNEL_FLAGS += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
+WRITABLE, INITIALISED = 1, 2  # flags of emu_tensor
+ADDRESS, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class KernelError(AssertionError):
+    """What the launcher returned: the checker's report, or the launcher's own complaint."""
+
+
+def compiler():
+    return shutil.which("g++")
+
+
+def translate(cuda, name):
+    """The one thing g++ cannot parse is the launch, kernel<<<grid, block, 0, stream>>>(...)."""
+    launch = r"(\w+)<<<(.*?)>>>\("
+    return f'#line 1 "{name}"\n' + re.sub(launch, r"emu::launch({\2}, \1, ", cuda, flags=re.DOTALL)
+
+
+@functools.cache
+def engine():
+    """Hash of what all libraries share, its objects, and the flags to compile a kernel with it."""
+    CACHE.mkdir(exist_ok=True)
+    files = sorted(EMULATOR.iterdir()) + [CSRC / "kernels_cuda.h"]
+    shared = hashlib.sha256(b"".join(f.read_bytes() for f in files))
+    shared.update(repr((FLAGS, KERNEL_FLAGS)).encode())
+    mark = shared.hexdigest()[:16]
+    objects = []
+    for part in ("fibers", "racecheck"):
+        target = CACHE / f"{part}-{mark}.o"
+        objects.append(_compile(EMULATOR / f"{part}.cpp", target, ["-c", "-O2"]))
+    include = [f"-I{EMULATOR}", f"-I{CSRC}", *KERNEL_FLAGS]
+    headers = CACHE / f"{mark}.h"  # compiled once: a third of what a kernel's compilation takes
+    headers.write_text('#include "mma.h"\n')
+    _compile(headers, CACHE / f"{mark}.h.gch", ["-x", "c++-header", *include])
+    return shared, objects, ["-include", headers, *include]
+
+
+def _compile(source, target, flags):
+    """g++ of one file, kept under `target`, which carries a hash of everything that matters."""
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [compiler(), *FLAGS, *flags, source, "-o", partial]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(
+                f"the emulated build failed:\n{' '.join(map(str, command))}\n{done.stderr}"
+            )
+        partial.rename(target)
+    return target
+
+
+def compile_kernel(name, edit=None, flags=()):
+    """Path of the library of csrc/<name>.cu, after `edit(text)` for the mutation test."""
+    shared, engine_objects, include = engine()
+    text = (CSRC / f"{name}.cu").read_text()
+    text = translate(edit(text) if edit else text, f"{name}.cu")
+    kernel = shared.copy()
+    kernel.update(repr((text, flags)).encode())
+    stem = f"{name}-{kernel.hexdigest()[:16]}"
+    source = CACHE / f"{stem}.cpp"
+    if not source.exists():
+        source.write_text(text)
+    own = _compile(source, CACHE / f"{stem}.o", ["-c", *include, *flags])
+    library = CACHE / f"{stem}.so"
+    if not library.exists():  # without the sanitizer's runtime: racecheck.cpp has its symbols
+        partial = library.with_suffix(f".{os.getpid()}")
+        link = [compiler(), "-shared", "-Wl,-Bsymbolic", *engine_objects, own, "-o", partial]
+        subprocess.run(link, check=True)
+        partial.rename(library)
+    return library
+
+
+class Library:
+    def __init__(self, path):
+        self.path, self.c, self.schedule = path, ctypes.CDLL(str(path)), 0
+
+    def _run(self, launcher, memory, arguments):
+        """memory: (address, bytes, flags, bytes per element) of all that the launcher may touch."""
+        self.c.emu_begin(self.schedule)
+        for address, size, flags, grain in memory:
+            if address and not flags & INITIALISED:
+                ctypes.memset(address, 0xFF, size)  # NaN, for a kernel that forgets to write
+            self.c.emu_tensor(ADDRESS(address or None), ctypes.c_size_t(size), flags, grain)
+        function = getattr(self.c, launcher)
+        function.restype = ctypes.c_char_p
+        kinds = {int: SIZE, float: NUMBER}
+        error = function(*(a if a is None else kinds[type(a)](a) for a in arguments))
+        if error is not None:
+            raise KernelError(self.locate(error.decode()))
+
+    def locate(self, report):
+        """[+0x1234] -> knn_kth_distance.cu:56, the innermost line that is in a .cu file."""
+
+        def line(match):
+            command = ["addr2line", "-i", "-e", str(self.path), match[1]]
+            frames = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+            kernel = [f for f in frames if self.path.stem in f or ".cu:" in f] or frames
+            place = re.sub(r" \(.*", "", kernel[0].rsplit("/", 1)[-1])
+            return re.sub(r"-[0-9a-f]{16}\.cpp", ".cu", place)
+
+        return re.sub(r"\[\+(0x[0-9a-f]+)\]", line, report)
+
+    # The interface of the extension
+
+    def knn_kth_distance_cuda_scratch(self, *sizes):
+        self.c.knn_kth_distance_cuda_scratch.restype = ctypes.c_size_t
+        return self.c.knn_kth_distance_cuda_scratch(*map(SIZE, sizes))
+
+    def knn_kth_distance_naive_cuda(self, *arguments):
+        self._run("knn_kth_distance_naive_cuda", self._knn_memory(*arguments[:7]), arguments)
+
+    def knn_kth_distance_cuda(self, *arguments):
+        _, n, _, m, d, k, _, scratch, _ = arguments
+        size = self.knn_kth_distance_cuda_scratch(n, m, d, k)
+        memory = [*self._knn_memory(*arguments[:7]), (scratch, size, WRITABLE, 2)]
+        self._run("knn_kth_distance_cuda", memory, arguments)
+
+    def _knn_memory(self, queries, n, reference, m, d, k, out):
+        inputs = [(queries, 4 * n * d, INITIALISED, 4), (reference, 4 * m * d, INITIALISED, 4)]
+        return [*inputs, (out, 4 * n, WRITABLE, 4)]
+
+    def spd_step_cuda(self, *arguments):
+        table, count, chunk_tensor, chunks, step, lr, *_, partial, report, _ = arguments
+        memory = self._spd_memory(table, count, step, lr, report)
+        memory += [(chunk_tensor, 4 * chunks, INITIALISED, 4), (partial, 24 * chunks, WRITABLE, 8)]
+        self._run("spd_step_cuda", memory, arguments)
+
+    def spd_step_naive_cuda(self, *arguments):
+        table, count, step, lr, *_, report, _ = arguments
+        self._run(
+            "spd_step_naive_cuda", self._spd_memory(table, count, step, lr, report), arguments
+        )
+
+    def _spd_memory(self, table, count, step, lr, report):
+        memory = [(table, 56 * count, INITIALISED, 8), (report, 32 * count, WRITABLE, 8)]
+        memory += [(step, 4, INITIALISED, 4), (lr, 4, INITIALISED, 4)]
+        rows = (SIZE * (7 * count)).from_address(table)
+        for i in range(0, 7 * count, 7):
+            param, anchor, grad, exp_avg, exp_avg_sq, size, _ = rows[i : i + 7]
+            memory += [(a, 4 * size, INITIALISED, 4) for a in (anchor, grad) if a]
+            both = INITIALISED | WRITABLE
+            memory += [(a, 4 * size, both, 4) for a in (param, exp_avg, exp_avg_sq)]
+        return memory
+
+    # What the tests call: torch tensors, through the wrappers of the GPU path
+
+    def knn_kth_distance(self, queries, reference, k, form="fast", schedule=0):
+        self.schedule = schedule
+        return build.knn_kth_distance_cuda(self, queries, reference, k, form)
+
+    def spd_step(self, params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps,
+                 spd_lambda, form="fast", schedule=0):  # fmt: skip
+        """anchors None: the zero anchor. Returns the report: rows of S1, S2, S3, f."""
+        self.schedule = schedule
+        anchors = anchors if anchors is not None else [None] * len(params)
+        tensors = build.table_of((params, anchors, grads, exp_avgs, exp_avg_sqs))
+        device = params[0].device
+        step, lr = (torch.tensor(x, dtype=torch.float32, device=device) for x in (step, lr))
+        scalars = step, lr, *betas, eps, spd_lambda
+        return build.spd_step_cuda(self, tensors, device, *scalars, form)
+
+
+def load(name, edit=None, flags=()):
+    return Library(compile_kernel(name, edit, flags))

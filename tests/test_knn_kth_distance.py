@@ -1,0 +1,272 @@
+"""knn_kth_distance: exact whatever the rounding, the row order, the threads and the CPU path."""
+
+import itertools
+
+import pytest
+import torch
+from compiled import KERNELS
+
+import common
+import vrf
+
+ISAS = ["amx", "avx512bf16", "avx2", "portable"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small sizes and a busy machine: waiting for a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=ISAS)
+def knn(request, monkeypatch):
+    """The kernel on one CPU path."""
+    if KERNELS is None or not KERNELS.module.has_instruction_set(request.param):
+        pytest.skip(f"{request.param}: no compiled kernel for it on this machine")
+    monkeypatch.setattr(KERNELS, "isa", request.param)
+    return KERNELS.knn_kth_distance
+
+
+@pytest.fixture
+def any_knn():
+    if KERNELS is None:
+        pytest.skip("no compiled kernels on this machine")
+    return KERNELS.knn_kth_distance
+
+
+def brute(queries, reference):
+    """fp64 differences, sorted: the truth for every k.  -> [N, M] fp64"""
+    rows = [(reference.double() - q).norm(dim=1).sort().values for q in queries.double()]
+    return torch.stack(rows) if rows else torch.empty(0, len(reference), dtype=torch.float64)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clip_like(rows, width, seed=0, sort=True):
+    """Unit vectors with a common direction and 50 class centres, sorted by class.  -> [rows,
+    width]
+    """
+    generator = torch.Generator().manual_seed(99)
+    common_part, centres = (
+        torch.randn(width, generator=generator),
+        torch.randn(50, width, generator=generator),
+    )
+    label = torch.arange(rows) * 50 // max(rows, 1)
+    if not sort:
+        label = (label * 7919) % 50
+    features = common_part + 0.6 * centres[label] + 0.6 * normal(rows, width, seed=seed)
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def assert_exact(knn, queries, reference, *ks, tolerance=1e-7):
+    truth = brute(queries, reference)
+    for k in ks:
+        found, wanted = knn(queries, reference, k), truth[:, k - 1]
+        assert found.dtype == torch.float32 and found.shape == wanted.shape
+        error = (found.double() - wanted).abs()
+        worst = (error / wanted).nan_to_num().max() if len(error) else 0
+        assert bool((error <= tolerance * wanted).all()), f"k = {k}: relative error {worst:.3g}"
+
+
+def test_three_points_by_hand(knn):
+    queries, reference = (
+        torch.tensor([[0.0, 0.0]]),
+        torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, -2.0]]),
+    )
+    assert [knn(queries, reference, k).item() for k in (1, 2, 3)] == [1, 2, 5]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 127, 129, 1025])
+@pytest.mark.parametrize("width", [1, 3, 512, 768, 1024])
+def test_equals_brute_force_on_odd_sizes(knn, rows, width):
+    queries, reference = normal(5, width, seed=1), normal(rows, width)
+    assert_exact(knn, queries, reference, *sorted({1, (rows + 1) // 2, rows}))
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 33, 70])
+def test_any_number_of_queries(knn, count):
+    queries, reference = normal(count, 40, seed=1), normal(300, 40)
+    assert_exact(knn, queries, reference, 3)
+
+
+def test_clip_like_features_sorted_by_class(knn):
+    queries, reference = clip_like(20, 512, seed=1, sort=False), clip_like(5_000, 512)
+    assert_exact(knn, queries, reference, 1, 10, 100)
+
+
+def test_near_duplicates_keep_their_digits(knn):
+    reference = clip_like(2000, 512)
+    step = torch.nn.functional.normalize(normal(20, 512, seed=2), dim=1)
+    queries = reference[:20] + 1e-3 * step
+    assert_exact(knn, queries, reference, 1)
+
+
+def test_duplicates_and_ties_are_counted_one_by_one(knn):
+    reference = clip_like(40, 64).repeat(10, 1)  # each row ten times
+    queries = clip_like(33, 64, seed=3)
+    assert_exact(knn, queries, reference, 1, 10, 11, 57, 400)
+    assert bool((knn(reference[:40], reference, 10) == 0).all())
+
+
+def test_rows_that_bf16_rounding_cannot_tell_apart_or_reorders(knn):
+    # all rows round to the same bf16 vector up to a pattern that pushes the rounded scores the
+    # other way
+    queries = torch.ones(3, 256) * torch.tensor([1.0, -1.0, 0.5])[:, None]
+    offset = torch.linspace(-0.9, 0.9, 3000)[:, None] * 2**-9
+    sign = torch.where(normal(3000, 256) > 0, 1.0, -1.0)
+    reference = 1 + offset + 2**-9 * sign
+    far = normal(3000, 256, seed=5)  # something to find the mean and the bound with
+    reference = torch.cat([reference, far])
+    assert_exact(knn, queries, reference, 1, 50, 1500, 3000, 3001, 5999)
+
+
+def test_rounding_midpoints_on_both_sides(knn):
+    # values half-way between two bf16 numbers: every element has the largest possible residual
+    grid = (
+        torch.randint(128, 256, (2000, 96), generator=torch.Generator().manual_seed(0)).float()
+        / 128
+    )
+    reference, queries = grid + 2**-8, grid[:40] + 2**-8 + 2**-16
+    assert_exact(knn, queries, reference, 1, 7, 200)
+
+
+def test_zero_vectors(knn):
+    reference = torch.cat([torch.zeros(500, 32), normal(500, 32)])
+    queries = torch.cat([torch.zeros(2, 32), normal(2, 32, seed=1)])
+    assert_exact(knn, queries, reference, 1, 500, 501, 1000)
+
+
+def test_norms_from_a_thousandth_to_a_thousand(knn):
+    scale = 10 ** torch.linspace(-3, 3, 3000)[:, None]
+    reference = clip_like(3000, 200) * scale
+    queries = clip_like(37, 200, seed=1) * 10 ** torch.linspace(-3, 3, 37)[:, None]
+    assert_exact(knn, queries, reference, 1, 30, 2999)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e17])
+def test_scales_at_which_products_underflow_or_grow_large(knn, scale):
+    queries, reference = scale * clip_like(5, 48, seed=1), scale * clip_like(700, 48)
+    assert_exact(knn, queries, reference, 9)
+
+
+def test_so_many_equal_rows_that_brute_force_takes_over(knn):
+    reference = torch.cat([torch.ones(50_000, 2), torch.zeros(1, 2)])
+    queries = torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, -1.0]])
+    assert_exact(knn, queries, reference, 1, 2, 50_001)
+
+
+def test_a_bound_guessed_from_a_misleading_sample_is_found_out(knn):
+    # the strided sample that the first guess is made from holds the near rows, the other blocks
+    # none
+    reference = clip_like(8192, 512)
+    reference[torch.arange(8192) % 8 != 0] *= 30
+    queries = clip_like(5, 512, seed=1)
+    assert_exact(knn, queries, reference, 100, 500, 1024, 1500)
+
+
+def test_a_misleading_sample_whose_rows_lie_within_each_others_error(any_knn):
+    # as above, but the near rows' scores differ by about their error bounds: enough rows survive a
+    # guess that was too high, only not the right ones
+    reference = torch.cat([torch.zeros(4096, 1), normal(4096, 511)], 1)
+    reference = torch.nn.functional.normalize(reference, dim=1)
+    near = torch.arange(4096) % 4 == 0
+    reference[near, 0] = torch.linspace(-6e-3, 6e-3, 1024)[torch.randperm(1024)]
+    reference[~near] *= 30
+    queries = torch.zeros(2, 512)
+    queries[0, 0], queries[1, 0] = 1, 2
+    assert_exact(any_knn, queries, reference, *range(500, 1024, 7))
+
+
+def test_same_bits_for_any_number_of_threads_and_any_instruction_set(any_knn):
+    queries, reference = clip_like(70, 300, seed=1), clip_like(5000, 300)
+    threads, isa, results = torch.get_num_threads(), KERNELS.isa, []
+    names = [name for name in ISAS if KERNELS.module.has_instruction_set(name)]
+    try:
+        for KERNELS.isa, count in itertools.product(names, (1, 2, 5)):
+            torch.set_num_threads(count)
+            results.append(any_knn(queries, reference, 50))
+    finally:
+        KERNELS.isa = isa
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_order_of_the_reference_does_not_change_a_bit(any_knn):
+    queries, reference = clip_like(20, 128, seed=1), clip_like(4000, 128)
+    shuffled = reference[torch.randperm(4000, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(any_knn(queries, reference, 40), any_knn(queries, shuffled, 40))
+
+
+def test_pytorch_reference_agrees(any_knn):
+    queries, reference = clip_like(50, 256, seed=1), clip_like(3000, 256)
+    expected = vrf.kth_distance(queries, reference, 30)
+    torch.testing.assert_close(any_knn(queries, reference, 30), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("distance", ["code", "paper"])
+def test_vrf_finds_the_same_distances_with_the_kernel_and_without(any_knn, monkeypatch, distance):
+    parts = {m: common.Prediction(3 * clip_like(40, 64, seed=s), normal(40, 5), torch.arange(40))
+             for s, m in enumerate(("ZS", "FT"))}  # fmt: skip
+    study = vrf.Study(models=None, of={"val": parts}, T={"ZS": 1.0, "FT": 1.0})
+    config, V = vrf.Config(distance=distance), clip_like(900, 64, seed=7)
+    found = []
+    for kernels in (KERNELS, None):  # so small a search would not ask for them
+        monkeypatch.setattr(common, "kernels", lambda work, kernels=kernels: kernels)
+        found.append(vrf.make_pairs(config, study, "FT", V, 9)["val"].d)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_are_converted_to_fp32_first(any_knn, dtype):
+    queries, reference = normal(4, 30, seed=1).to(dtype), normal(90, 30).to(dtype)
+    assert torch.equal(
+        any_knn(queries, reference, 5), any_knn(queries.float(), reference.float(), 5)
+    )
+
+
+def test_strided_inputs_and_inputs_that_require_grad(any_knn):
+    queries, reference = normal(30, 8, seed=1).T, normal(30, 200).T[::2]
+    expected = any_knn(queries.contiguous(), reference.contiguous(), 5)
+    result = any_knn(queries.requires_grad_(), reference, 5)
+    assert torch.equal(result, expected) and not result.requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("argument", ["queries", "reference"])
+def test_values_that_are_not_finite_or_too_large_are_refused_with_the_row(knn, value, argument):
+    tensors = dict(queries=normal(40, 33, seed=1), reference=normal(3000, 33))
+    tensors[argument][37, 32] = value
+    with pytest.raises(common.InputError, match=f"knn_kth_distance: {argument} row 37 "):
+        knn(**tensors, k=2)
+
+
+@pytest.mark.parametrize(
+    "queries, reference, k, words",
+    [
+        (torch.ones(2, 3), torch.ones(4, 3), 0, "k must be an integer from 1 to 4, got 0"),
+        (torch.ones(2, 3), torch.ones(4, 3), 5, "k must be an integer from 1 to 4, got 5"),
+        (torch.ones(2, 3), torch.ones(0, 3), 1, "k must be an integer from 1 to 0, got 1"),
+        (torch.ones(2, 3), torch.ones(4, 3), 1.0, "k must be an integer"),
+        (torch.ones(2, 3), torch.ones(4, 2), 1, "reference must be [M, 3], D > 0, got (4, 2)"),
+        (torch.ones(2, 0), torch.ones(4, 0), 1, "D > 0"),
+        (torch.ones(3), torch.ones(4, 3), 1, "queries must be two dimensions, got (3,)"),
+        (
+            torch.ones(2, 3).long(),
+            torch.ones(4, 3),
+            1,
+            "queries must be a float tensor, got torch.int64",
+        ),
+        (torch.ones(2, 3), torch.ones(4, 3, device="meta"), 1, "reference must be on cpu"),
+        ([[1.0]], torch.ones(4, 1), 1, "queries must be a tensor, got list"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_wrong_arguments_are_refused_by_name(any_knn, queries, reference, k, words):
+    with pytest.raises(common.InputError) as problem:
+        any_knn(queries, reference, k)
+    assert words in str(problem.value) and "knn_kth_distance" in str(problem.value)
