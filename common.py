@@ -65,7 +65,7 @@ def parse(Config, argv, doc):
     config = Config(**given)
     for name, value in vars(config).items():
         least = 1 if name in ("epochs", "batch", "seeds") else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
+        if isinstance(value, (int, float)) and not least <= value < 2**62:  # as torch's seeds
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     config.given = set(given)
     return config
@@ -114,7 +114,9 @@ def pick_device(name="auto"):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        tensor = torch.zeros(1, device=name)
+        tensor.item()  # "meta" has no numbers to give
+        return tensor.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: not usable here ({reason}); try auto") from error
@@ -147,7 +149,7 @@ def hash_of(*things):
                 add(y)
             digest.update(b"]")
         else:
-            digest.update(f"{type(x).__name__}:{x}\0".encode())
+            digest.update(f"{type(x).__name__}:{x}\0".encode(errors="surrogateescape"))
 
     add(things)
     return digest.hexdigest()
@@ -269,6 +271,8 @@ def load_matching(model, state, path):
             f" {len(wrong)} have another shape; {k} should be {tuple(own[k].shape)}, found {found};"
             " check --model"
         )
+    if bad := [k for k in own if not state[k].isfinite().all()]:
+        raise InputError(f"{path}: {bad[0]} holds inf or nan; the file is of no use")
     model.load_state_dict({k: state[k] for k in own})
 
 

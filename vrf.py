@@ -33,6 +33,7 @@ A11 alpha runs over 0, 0.1, ..., 1, as in P. Of equals the first from the zero-s
 import copy
 import json
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -414,7 +415,8 @@ def print_tables(config, data, rows):
     """The table in the paper's form, the rows that the paper lacks, and the paper's numbers."""
     runs = f"mean of {config.seeds} fine-tuning run{'s' * (config.seeds > 1)}"
     own = [r for r in rows if r["ours"]]
-    title = f"accuracy in %, {runs}; alpha, a/b chosen on ID val"
+    where = "the reported ID set (A10)" if config.select_on_test else "ID val"
+    title = f"accuracy in %, {runs}; alpha, a/b chosen on {where}"
     print("\n" + common.accuracy_table([r for r in rows if not r["ours"]], title))
     if own:
         title = "not in the paper's tables (A7); oracle: tuned on each test set itself (Tab. 11)"
@@ -498,7 +500,7 @@ def summary(rows, method):
     )
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
     own, shift = common.gain(rows, f"{method} +VRF", f"{method} +OSE")
-    print(f"2. VRF less OSE, both chosen on ID val: {say(*own)} points on ID, {say(*shift)} in the")
+    print(f"2. VRF less OSE, both chosen as above: {say(*own)} points on ID, {say(*shift)} in the")
     print("   mean under shift (95 % intervals, runs and images resampled).")
     _, calibrated = common.gain(rows, f"{method} +VRF", f"{method} +OSE calibrated")
     _, weights = common.gain(rows, f"{method} +VRF", f"{method} +WSE")
@@ -512,6 +514,8 @@ def summary(rows, method):
 def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier; the ablations start here, too."""
     config = common.parse(Config, argv, __doc__)
+    if not config.out or os.path.isfile(config.out):
+        raise common.InputError(f"--out {config.out!r}: expected a folder, new or old")
     data = common.open_data(config.data, config.val_fraction, config.select_on_test, config.seed)
     print(common.describe(data))
     if not config.given & {"model", "pretrained", "weights"} or data.kind != "digits":

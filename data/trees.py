@@ -310,8 +310,10 @@ def open_folder(root):
             f"{base / 'classnames.txt'} has {len(names)} names for {len(classes)} class folders. "
             "Write one name a line, in the sorted order of the folders in train/."
         )
-    if bad := [t for t in templates if "{}" not in t]:
-        raise common.InputError(f"{base / 'templates.txt'}: {bad[0]!r} lacks {{}} for the name.")
+    if bad := [t for t in templates if t.count("{}") * t.count("{") * t.count("}") != 1]:
+        raise common.InputError(
+            f"{base / 'templates.txt'}: {bad[0]!r} lacks {{}} for the name, or has more braces."
+        )
     val = split("val") if test_name == "test" and "val" in parts else None
     shifts = [split(name, own=True) for name in parts if name not in ("train", "val", "test")]
     train, test = split("train"), split(test_name)
