@@ -9,6 +9,7 @@ Shapes, in every file: B batch, N samples, C classes, D features, M stored failu
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -71,9 +72,27 @@ def parse(Config, argv, doc):
     return config
 
 
+def begin(Config, argv, doc, presets):
+    """How every main starts: command line -> config and data, the table of sets printed, the preset
+    of this kind of data applied. `presets`: {kind: {field: value}}. Raises InputError.
+    """
+    config = parse(Config, argv, doc)
+    if not config.out or os.path.isfile(config.out):
+        raise InputError(f"--out {config.out!r}: expected a folder, new or old")
+    data = open_data(config.data, config.val_fraction, config.select_on_test, config.seed)
+    print(describe(data))
+    apply_preset(config, data.kind, presets)
+    return config, data
+
+
 def apply_preset(config, kind, presets):
-    """Set the preset's values for this kind of data, except what the user gave; say so."""
-    preset = {k: v for k, v in presets.get(kind, {}).items() if k not in config.given}
+    """Set the preset's values for this kind of data, except what the user gave; say so. A user who
+    names another model gets the recipe, and not the model that it was made for.
+    """
+    skip = set(config.given)
+    if skip & {"model", "pretrained", "weights"}:
+        skip |= {"model", "weights"}
+    preset = {k: v for k, v in presets.get(kind, {}).items() if k not in skip}
     for name, value in preset.items():
         setattr(config, name, value)
     if preset:
@@ -106,6 +125,10 @@ def did_you_mean(word, known):
     """'; did you mean X?' when a known word is near, else ''."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def pick_device(name="auto"):
@@ -208,6 +231,8 @@ def load_clip(config):
     """
     import open_clip
 
+    from data import checkpoints
+
     name, tag, path = config.model, config.pretrained, config.weights
     if (EMBEDDED / f"{name}.json").is_file():
         open_clip.add_model_config(EMBEDDED / f"{name}.json")
@@ -220,9 +245,10 @@ def load_clip(config):
     if not path and tag not in ("random", *tags):
         hint = did_you_mean(tag, tags)
         raise InputError(f"--pretrained: {name} has no {tag!r}{hint}; it has {', '.join(tags)}")
-    state, said = read_weights(path, config.trust_checkpoint) if path else (None, {})
+    state, said = checkpoints.read_weights(path, config.trust_checkpoint) if path else (None, {})
     said = said if path else open_clip.get_pretrained_cfg(name, tag) or {}
-    source = bool(said.get("quick_gelu", "quickgelu" in name))
+    said = {k: v for k, v in open_clip.get_model_config(name).items() if k == "quick_gelu"} | said
+    source = bool(said.get("quick_gelu"))
     gelu = {"auto": source, "yes": True, "no": False}[config.quick_gelu]
     if not gelu and "quickgelu" in name:
         raise InputError(f"--quick-gelu no: {name} has QuickGELU; use {name.split('-quick')[0]}")
@@ -276,118 +302,35 @@ def load_matching(model, state, path):
     model.load_state_dict({k: state[k] for k in own})
 
 
-class Opaque:
-    """Stands in for a foreign class while a pickle is read: keeps attributes, runs nothing."""
+def load_finetuned(config, data, clip, zero_shot):
+    """Classifier of the checkpoint config.finetuned: its own head, or one from its text tower."""
+    from data import checkpoints
 
-    def __init__(self, *args, **kwargs):
-        pass
-
-
-def read_weights(path, trust=False):
-    """{name: tensor} and {key: value} of what else is said, from any checkpoint that people have.
-
-    Reads .safetensors, .npz, state dicts (plain, or under "state_dict" or "model"), OpenAI's
-    TorchScript .pt, and modules pickled whole as wise-ft and FLYP do: their tensors are collected
-    by torch's restricted unpickler, with `Opaque` for every class that it does not know, so that no
-    foreign code is imported or run. What even that refuses is refused here, unless `trust`.
-    What stands before "visual." (module., model., image_encoder.model.) is dropped; a head becomes
-    head.weight, head.bias. Raises InputError.
-    """
-    path = Path(path)
-    if not path.is_file():
-        hint = did_you_mean(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
-        raise InputError(f"no weights at {path}{hint}; expected .pt, .bin, .safetensors or .npz")
-    raw, said = {}, {}
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            raw = load_file(path)
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                raw = {k: torch.from_numpy(file[k]) for k in file.files}
-        else:
-            raw, said = read_torch_file(path, trust)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way; the answer is the same
-        raise InputError(f"{path} is no readable checkpoint ({first_line(error)})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), (dict, Opaque, nn.Module)):
-            said |= {k: v for k, v in raw.items() if isinstance(v, (str, int, float))}
-            raw = raw[key]
-    state = tensors_in(raw)
-    towers = {k[: k.index("visual.")] for k in state if re.search(r"(^|\.)visual\.", k)}
-    if len(towers) != 1:
-        found = f"{len(towers)} image towers (visual.*): {', '.join(sorted(towers)[:4])}"
-        raise InputError(f"{path}: among its {len(state)} tensors are {found}; expected one")
-    (prefix,), named = towers, {}
-    for k, v in state.items():
-        head = re.fullmatch(r"(?:module\.)?(?:classification_)?head\.(weight|bias)", k)
-        name = "head." + head[1] if head else k.removeprefix(prefix)
-        if head and name in named:
-            raise InputError(f"{path} holds two classifiers (head.*, classification_head.*)")
-        if head or k.startswith(prefix):
-            named[name] = v
-    if "input_resolution" in named:  # in OpenAI's own files only, whose models use QuickGELU
-        said.setdefault("quick_gelu", True)
-    return {k: v.float() for k, v in named.items() if v.is_floating_point()}, said
+    state, said = checkpoints.read_weights(config.finetuned, config.trust_checkpoint)
+    if said.get("quick_gelu", clip.quick_gelu) != clip.quick_gelu:
+        raise InputError(f"{config.finetuned} has another activation; set --quick-gelu")
+    if "held-out" in data.val.path:
+        print("note: the checkpoint may have been trained on what is now ID val, which favours it")
+    model = copy.deepcopy(zero_shot)
+    if "head.weight" not in state:
+        tuned = copy.deepcopy(clip)
+        load_matching(tuned.model, state, config.finetuned)
+        device = model.head.weight.device
+        state["head.weight"] = zero_shot_head(tuned, data.classes, data.templates, device)
+    state.setdefault("head.bias", torch.zeros(len(state["head.weight"])))
+    load_matching(model, state, config.finetuned)
+    return model
 
 
-def read_torch_file(path, trust):
-    """torch.load without foreign code: what it holds, {"quick_gelu": ...} if the file shows it."""
-    import warnings
-    import zipfile
-
-    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
-    if trust:
-        return torch.load(path, map_location="cpu", weights_only=False), {}
-    if not zipfile.is_zipfile(path):  # torch's form before 1.6
-        return torch.load(path, map_location="cpu", weights_only=True), {}
-    with zipfile.ZipFile(path) as archive:
-        script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    if script:  # a program, whose __setstate__ runs while it is read
-        import open_clip
-
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        urls = [open_clip.get_pretrained_url(*pair) for pair in open_clip.list_pretrained()]
-        if not any(f"/{digest}/" in url for url in urls):  # OpenAI's addresses hold the hash
-            cure = "if you trust its author like a program's, pass --trust-checkpoint"
-            raise InputError(f"{path} is TorchScript, and none of OpenAI's files; refused; {cure}")
-        with warnings.catch_warnings():  # TorchScript is old, but it is what OpenAI publishes
-            warnings.simplefilter("ignore", FutureWarning)
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        return dict(state), {}
-    foreign = get_unsafe_globals_in_checkpoint(path)
-    try:
-        with safe_globals([(type("Opaque", (Opaque,), {}), name) for name in foreign]):
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever it tripped over, it was not plain data
-        names = ", ".join(sorted(foreign)[:4]) or first_line(error)
-        cure = "if you trust its author like a program's, pass --trust-checkpoint"
-        raise InputError(f"{path} must run code to be read ({names}); refused; {cure}") from error
-    quick = any(name.endswith("QuickGELU") for name in foreign)
-    return raw, {"quick_gelu": True} if quick else {}
-
-
-def tensors_in(x, prefix=""):
-    """{dotted name: tensor} of a state dict, or of a (stood-in) module's parameters and buffers."""
-    if isinstance(x, torch.Tensor):
-        return {prefix[:-1]: x.detach()}
-    if isinstance(x, nn.Module):
-        return dict(x.state_dict())
-    if isinstance(x, Opaque):
-        parts = [vars(x).get(k) or {} for k in ("_parameters", "_buffers", "_modules")]
-        x = {k: v for part in parts for k, v in part.items()}
-    if not isinstance(x, dict):
-        return {}
-    parts = [tensors_in(value, f"{prefix}{key}.") for key, value in x.items()]
-    return {k: v for part in parts for k, v in part.items()}
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def zero_shot(config, data):
+    """Clip, and the zero-shot Classifier of the data's classes, on the device that config names."""
+    device = pick_device(config.device)
+    set_seed(config.seed)  # matters for --pretrained random only
+    clip = load_clip(config)
+    args = clip, data.classes, data.templates, device
+    key = [clip.model.state_dict(), clip.key, *args[1:3]]  # 80,000 prompts: hours on a CPU
+    kept = cached(config, "head", key, lambda: {"head": zero_shot_head(*args).cpu()})
+    return clip, Classifier(clip.model.visual, kept["head"]).to(device)
 
 
 @torch.no_grad()
@@ -621,6 +564,8 @@ def batches(n, batch, steps, seed, first=0):
 
 def load_images(split, transform, order, config):
     """Yield (images [B, 3, H, W], labels [B], index [B]) for every list of (index, seed)."""
+    context = torch.multiprocessing.get_context("forkserver")  # fork and threads hang
+    context.set_forkserver_preload(["torchvision.transforms"])  # imported once, not by each worker
     images = torch.utils.data.DataLoader(
         Images(split, transform, config.skip_bad_images),
         batch_sampler=order,
@@ -628,7 +573,7 @@ def load_images(split, transform, order, config):
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it draws from the generator that dropout uses
-        multiprocessing_context="forkserver" if config.workers else None,  # fork and threads hang
+        multiprocessing_context=context if config.workers else None,
     )
     try:
         yield from images
@@ -939,6 +884,8 @@ def frozen_features(config, model, split, clip):
 
     def compute():
         rows = [(out[""][0], y) for _, y, out in forward(config, {"": model}, split, clip)]
+        if not rows:
+            raise InputError(f"{split.name}: none of its {len(split.labels)} images can be read")
         return dict(
             zip(("features", "labels"), map(torch.cat, zip(*rows, strict=True)), strict=True)
         )

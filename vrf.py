@@ -33,7 +33,6 @@ A11 alpha runs over 0, 0.1, ..., 1, as in P. Of equals the first from the zero-s
 import copy
 import json
 import math
-import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -204,24 +203,6 @@ def train_models(config, data, clip, zero_shot, seed):
     return {name: models[name] for name in ["ZS", *wanted]}
 
 
-def load_finetuned(config, data, clip, zero_shot):
-    """{name: Classifier} of ZS and a checkpoint, with its own head or one from its text tower."""
-    state, meta = common.read_weights(config.finetuned, config.trust_checkpoint)
-    if meta.get("quick_gelu", clip.quick_gelu) != clip.quick_gelu:
-        raise common.InputError(f"{config.finetuned} has another activation; set --quick-gelu")
-    if "held-out" in data.val.path:
-        print("note: the checkpoint may have been trained on what is now ID val, which favours it")
-    model = copy.deepcopy(zero_shot)
-    if "head.weight" not in state:
-        tuned = copy.deepcopy(clip)
-        common.load_matching(tuned.model, state, config.finetuned)
-        device = model.head.weight.device
-        state["head.weight"] = common.zero_shot_head(tuned, data.classes, data.templates, device)
-    state.setdefault("head.bias", torch.zeros(len(state["head.weight"])))
-    common.load_matching(model, state, config.finetuned)
-    return {"ZS": zero_shot, "Fine-tuned": model}
-
-
 def scan_training_set(config, data, clip, models, method):
     """Algorithm 1, offline: one pass over train for all `models`, kept for each of them.
 
@@ -362,6 +343,7 @@ def best(grid, scores, pair):
 def weight_space(config, data, clip, study, method):
     """+WSE: alpha by ID val, {split: right [N]}. The grid's ends are ZS and FT themselves."""
     zs, ft = study.models["ZS"], study.models[method]
+    # one pass over ID val, at the price of nine models on the device: ViT-B/16 3 GB, ViT-L/14 11
     mixed = {alpha: copy.deepcopy(zs) for alpha in ALPHAS[1:-1]}
     for alpha, model in mixed.items():
         model.load_state_dict(wse(zs.state_dict(), ft.state_dict(), alpha))
@@ -513,24 +495,11 @@ def summary(rows, method):
 
 def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier; the ablations start here, too."""
-    config = common.parse(Config, argv, __doc__)
-    if not config.out or os.path.isfile(config.out):
-        raise common.InputError(f"--out {config.out!r}: expected a folder, new or old")
-    data = common.open_data(config.data, config.val_fraction, config.select_on_test, config.seed)
-    print(common.describe(data))
-    if not config.given & {"model", "pretrained", "weights"} or data.kind != "digits":
-        common.apply_preset(config, data.kind, PRESETS)
-    else:  # another model on the digits: their recipe, not their weights
-        recipe = {k: x for k, x in PRESETS["digits"].items() if k not in ("model", "weights")}
-        common.apply_preset(config, "digits", {"digits": recipe})
+    config, data = common.begin(Config, argv, __doc__, PRESETS)
     common.choose(config.methods, METHODS, "--methods")  # now, not after hours of training
     common.choose(config.ensemble, METHODS, "--ensemble")
     ab_candidates(config, data.kind)
-    device = common.pick_device(config.device)
-    common.set_seed(config.seed)  # matters for --pretrained random only
-    clip = common.load_clip(config)
-    head = common.zero_shot_head(clip, data.classes, data.templates, device)
-    return config, data, clip, common.Classifier(clip.model.visual, head).to(device)
+    return config, data, *common.zero_shot(config, data)
 
 
 def main(argv=None):
@@ -539,7 +508,8 @@ def main(argv=None):
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         if config.finetuned:
-            models = load_finetuned(config, data, clip, zero_shot)
+            tuned = common.load_finetuned(config, data, clip, zero_shot)
+            models = {"ZS": zero_shot, "Fine-tuned": tuned}
         else:
             models = train_models(config, data, clip, zero_shot, seed)
         new, pairs = evaluate(config, data, clip, models, seed)

@@ -385,9 +385,18 @@ def imagenet_val(base):
 
 def existing_folder(path):
     path = Path(path).expanduser().absolute()
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a NUL
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            reason = getattr(error, "strerror", None) or error
+            raise common.InputError(
+                f"--data {str(path)[:80]}: {reason}; expected a folder"
+            ) from error
+        found = None
     if path.is_dir():
         return path
-    if path.exists():
+    if found:
         raise common.InputError(f"{path} is a file, but --data takes a folder: unpack archives.")
     parent, child = path.parent, path.name
     while not parent.is_dir():

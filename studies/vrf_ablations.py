@@ -52,7 +52,8 @@ def set_up(config, data, clip, zero_shot, methods):
     """Setting for the first of `methods`; trains only what vrf.py has not."""
     config.methods = ",".join(methods)
     if config.finetuned:
-        models = vrf.load_finetuned(config, data, clip, zero_shot)
+        tuned = common.load_finetuned(config, data, clip, zero_shot)
+        models = {"ZS": zero_shot, "Fine-tuned": tuned}
     else:
         models = vrf.train_models(config, data, clip, zero_shot, config.seed)
     study, method = vrf.collect(config, data, clip, models), list(models)[1]

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import nn
 
 import common
 import vrf
+from data import checkpoints
 
 ROOT = Path(common.__file__).parent
 
@@ -209,7 +209,7 @@ def foreign_module(clip, folder, monkeypatch):
 
 def test_a_pickled_module_is_read_without_importing_its_code(clip, tmp_path, monkeypatch):
     expected = foreign_module(clip, tmp_path, monkeypatch)
-    state, said = common.read_weights(tmp_path / "checkpoint_10.pt")
+    state, said = checkpoints.read_weights(tmp_path / "checkpoint_10.pt")
     assert "wise_src" not in sys.modules and not (tmp_path / "imported_by_pickle").exists()
     assert said["quick_gelu"] is True
     assert torch.equal(state["head.weight"], expected["classification_head.weight"])
@@ -227,14 +227,14 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"visual.w": torch.zeros(1), "x": Hostile()}, "hostile.pt")
     with pytest.raises(common.InputError, match="must run code to be read .*system.*; refused"):
-        common.read_weights("hostile.pt")
+        checkpoints.read_weights("hostile.pt")
     assert not Path("executed").exists()
 
 
 def test_trust_checkpoint_reads_what_the_restricted_reader_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"visual.w": torch.zeros(1), "x": Hostile()}, "hostile.pt")
-    state, _ = common.read_weights("hostile.pt", trust=True)
+    state, _ = checkpoints.read_weights("hostile.pt", trust=True)
     assert Path("executed").exists() and list(state) == ["visual.w"]
 
 
@@ -251,8 +251,8 @@ def test_torchscript_is_a_program_and_read_only_if_openais_or_trusted(tmp_path):
 
     torch.jit.trace(Visual(), torch.zeros(1, 2)).save(tmp_path / "ViT.pt")
     with pytest.raises(common.InputError, match="none of OpenAI's files; refused"):
-        common.read_weights(tmp_path / "ViT.pt")
-    state, said = common.read_weights(tmp_path / "ViT.pt", trust=True)
+        checkpoints.read_weights(tmp_path / "ViT.pt")
+    state, said = checkpoints.read_weights(tmp_path / "ViT.pt", trust=True)
     assert set(state) == {"visual.weight", "visual.bias"} and said["quick_gelu"] is True
 
 
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_named(damage, clip, tmp_path):
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[:1000], "text": b"<html>", "empty": b""}[damage])
     with pytest.raises(common.InputError, match=r"weights.pt is no readable checkpoint"):
-        common.read_weights(path)
+        checkpoints.read_weights(path)
 
 
 def test_weights_of_another_architecture_are_named_by_tensor_and_shape(clip, tmp_path):
@@ -342,7 +342,7 @@ def test_a_file_with_two_image_towers_is_refused(tmp_path):
     state = {"momentum.visual.w": torch.zeros(1), "model.visual.w": torch.ones(1)}
     torch.save(state, tmp_path / "two.pt")
     with pytest.raises(common.InputError, match="2 image towers"):
-        common.read_weights(tmp_path / "two.pt")
+        checkpoints.read_weights(tmp_path / "two.pt")
 
 
 def test_batches_of_a_step_do_not_depend_on_where_one_starts():
@@ -381,8 +381,8 @@ def test_gradient_norm_is_clipped():
     assert norms and max(norms) <= 1 + 1e-5
 
 
-def short_training(path, stop_at=None, precision="fp32"):
-    """Ten steps with dropout; `stop_at` sends Ctrl-C in that step."""
+def short_training(path, stop_at=None, precision="fp32", number=signal.SIGINT):
+    """Ten steps with dropout, saved every four; in step `stop_at` a signal comes, Ctrl-C."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.3), nn.ReLU(), nn.Linear(32, 3))
     x, y = torch.randn(40, 6), torch.randint(3, (40,))
@@ -397,11 +397,12 @@ def short_training(path, stop_at=None, precision="fp32"):
     def loss_fn(batch):
         at[0] += 1
         if at[0] == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return F.cross_entropy(model(batch[0]), batch[1])
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     options = {"steps": 10, "warmup": 2, "clip": 1.0, "precision": precision, "path": path}
+    options["save_every"] = 4
     common.fit(model, loss_fn, batches_from, optimiser, **options)
     return model.state_dict()
 
@@ -418,34 +419,15 @@ def test_five_steps_ctrl_c_and_five_more_are_bitwise_ten_steps(tmp_path, precisi
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
-def test_a_killed_run_continues_from_its_last_epoch_bit_for_bit(tmp_path):
-    code = (
-        "import sys, torch; sys.path[:0] = ['tests', '.']\n"
-        "import test_common as t, common\n"
-        "torch.set_num_threads(1)\n"
-        "config = t.tiny_config(sys.argv[1], epochs=3)\n"
-        "torch.manual_seed(0); clip = common.load_clip(config); torch.manual_seed(1)\n"
-        "model = common.Classifier(clip.model.visual, torch.randn(10, 64))\n"
-        "common.fine_tune(config, 'run', model, t.random_split(64), clip, 1e-3, 0)\n"
-        "print(common.hash_of(model.state_dict()))\n"
-    )
-
-    def run(folder, kill):
-        command = [sys.executable, "-c", code, str(folder)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        while kill and process.poll() is None and not list(folder.glob("checkpoints/*.pt")):
-            time.sleep(0.001)
-        if kill:
-            process.kill()
-        return process.communicate()[0].strip().split("\n")[-1]
-
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    whole = run(tmp_path / "a", kill=False)
-    run(tmp_path / "b", kill=True)
-    (checkpoint,) = (tmp_path / "b").glob("checkpoints/*.pt")
-    assert 0 < torch.load(checkpoint, weights_only=True)["step"] <= 12
-    assert run(tmp_path / "b", kill=False) == whole != ""
+def test_a_killed_run_continues_from_its_last_checkpoint_bit_for_bit(tmp_path):
+    whole, path = short_training(tmp_path / "whole.pt"), tmp_path / "parts.pt"
+    code = f"import test_common as t; t.short_training({str(path)!r}, 7, number=t.signal.SIGKILL)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True)["step"] == 4
+    parts = short_training(path)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
 def test_a_finished_run_is_read_and_not_repeated(classifier, clip, tmp_path, capsys):

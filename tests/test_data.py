@@ -714,6 +714,12 @@ def test_a_truncated_jpeg_names_its_file_and_is_skipped_on_demand(tmp_path):
     assert common.collate([None, None]) is None
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_no_file_can_have_is_a_sentence(name):
+    with pytest.raises(common.InputError, match="--data .*; expected a folder"):
+        common.open_data(name)
+
+
 def test_an_empty_or_vanished_file_is_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     files = [str(tmp_path / "empty.png"), str(tmp_path / "gone.png")]

@@ -57,8 +57,10 @@ def test_one_class_for_all_is_the_background_distance():
 def setting(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("ablations"))
     arguments = ["--epochs", "1", "--out", out, "--methods", "E2E-FT,LC"]
-    prepared = vrf.prepare(arguments)
-    return ablations.set_up(*prepared, ["E2E-FT", "LC"])
+    config, data, *models = vrf.prepare(arguments)
+    for s in (data.train, data.val, data.test, *data.shifts):
+        s.images, s.labels = s.images[:400], s.labels[:400]
+    return ablations.set_up(config, data, *models, ["E2E-FT", "LC"])
 
 
 def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(monkeypatch, capsys):
