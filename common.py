@@ -79,7 +79,7 @@ def begin(Config, argv, doc, presets):
     config = parse(Config, argv, doc)
     if not config.out or os.path.isfile(config.out):
         raise InputError(f"--out {config.out!r}: expected a folder, new or old")
-    data = open_data(config.data, config.val_fraction, config.select_on_test, config.seed)
+    data = open_data(config.data, config.val_fraction, config.selection, config.seed)
     print(describe(data))
     apply_preset(config, data.kind, presets)
     return config, data
@@ -469,17 +469,17 @@ def eval_transform(size, mean, std):
     return t.Compose([resize, t.CenterCrop(size), t.ToTensor(), t.Normalize(mean, std)])
 
 
-def open_data(path="digits", val_fraction=0.02, select_on_test=False, seed=0):
+def open_data(path="digits", val_fraction=0.02, selection="paper", seed=0):
     """What --data names: `digits`, a folder, or `entity30:FOLDER` with an ImageNet tree in FOLDER.
 
     Differs (A10): the paper does not define its validation set and its code selects on the images
     that it reports. Here a set without val/ of its own gives up a stratified, seeded share of its
-    training images; select_on_test=True does as the code does.
+    training images; selection="code" does as the code does.
     """
     from data import trees
 
     data = trees.find(str(path))
-    if select_on_test:
+    if selection == "code":
         data.val = data.test
     elif data.val is None:
         data.train, data.val = hold_out(data.train, val_fraction, seed)
@@ -971,9 +971,9 @@ def nll(probabilities, labels):
 
 
 def temperature(logits, labels, criterion):
-    """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. code: mean
-    confidence = accuracy, by bisection, since confidence falls with T; where no T does it (accuracy
-    1, or at most 1/C) it says so and gives 1.
+    """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. confidence: its
+    mean = accuracy, by bisection, since confidence falls with T; where no T does it (accuracy 1, or
+    at most 1/C) it says so and gives 1.
     """
     if criterion == "off":
         return 1.0

@@ -24,7 +24,8 @@ A2  features are L2-normalised before the search, as in C; P only remarks that C
 A4  k = floor(0.001 |V|), as in P; C has round(1000 |V| / |D|). A5: never below 1 or above |V|.
 A6  VRF has one temperature per model, fitted on ID val, as in C; P's text has none. Plain OSE and
     WSE have none in either, so (A7) calibrated OSE and LSE are printed beside them.
-A9  (a, b) are searched on ID val, as P says; C has fixed numbers, and P prints several.
+A9  (a, b) are searched on ID val, as P says, once for each fine-tuned model (A14: P leaves that
+    open); C has fixed numbers, and P prints several.
 A10 ID val is a held-out part of train; C selects on the ID set that it reports.
 A11 alpha runs over 0, 0.1, ..., 1, as in P. Of equals the first from the zero-shot side is taken,
     as C does for alpha; ours for (a, b), where neither says.
@@ -93,10 +94,14 @@ class Config:
     # Differs (A4): the authors' code takes k from |D|, which is 20 times more on CIFAR-10
     k_rule: str = arg("paper", "paper: floor(p |V|); code: round(1000 |V| / |D|)", "paper code")
     p: float = arg(0.001, "k as a share of |V|; Sec. 5.1")
-    temperature: str = arg("code", "code: confidence = accuracy on ID val (A6)", "off code nll")
+    temperature: str = arg(
+        "code", "paper: none; code: confidence = accuracy (A6)", "paper code nll"
+    )
     weight: str = arg("sigmoid", "form of the weight; Eq. 6, Tab. 6", "sigmoid linear binary")
     ab: str = arg("search", "search on ID val; paper: Tab. 7; code: 1.5,0.6; or A,B (A9)")
-    select_on_test: bool = arg(False, "select on the reported ID set, as the authors' code (A10)")
+    selection: str = arg(
+        "paper", "paper: on ID val; code: on the reported ID set (A10)", "paper code"
+    )
     val_fraction: float = arg(0.02, "of train held out as ID val, where the data bring none; ours")
     seeds: int = arg(1, "number of fine-tuning runs")
     seed: int = arg(0, "seed of the first run")
@@ -247,18 +252,19 @@ class Study:
     """One seed: models, {split: {model: Prediction}}, {model: temperature}."""
 
     models: dict
-    of: dict
+    predictions: dict
     T: dict
 
 
 def collect(config, data, clip, models):
     """Study of `models` on ID val (as "val"), ID and shifts; temperatures from ID val (A6)."""
     splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
-    of = {name: common.predict(config, models, split, clip) for name, split in splits.items()}
-    val = {m: (p.logits, p.labels) for m, p in of["val"].items()}
+    predictions = {name: common.predict(config, models, s, clip) for name, s in splits.items()}
+    val = {m: (p.logits, p.labels) for m, p in predictions["val"].items()}
     # Differs (A6): the paper's text has no temperature, the authors' code has one for VRF
-    T = {m: common.temperature(*val[m], config.temperature) for m in models}
-    return Study(models, of, T)
+    criterion = {"paper": "off", "code": "confidence", "nll": "nll"}[config.temperature]
+    T = {m: common.temperature(*val[m], criterion) for m in models}
+    return Study(models, predictions, T)
 
 
 @dataclass
@@ -283,15 +289,16 @@ class Pair:
 def make_pairs(config, study, method, V, k):
     """{split: Pair} for ZS and `method`, with distances to the rows of V."""
     pairs, T = {}, (study.T["ZS"], study.T[method])
-    kernels = common.kernels(sum(len(of[method].labels) for of in study.of.values()) * V.numel())
-    squared = config.distance == "code"
-    for split, of in study.of.items():
+    device, squared = common.pick_device(config.device), config.distance == "code"
+    n = sum(len(of[method].labels) for of in study.predictions.values())
+    kernels = common.kernels(n * V.numel()) if device.type == "cpu" else None
+    for split, of in study.predictions.items():
         v = F.normalize(of["ZS" if config.features == "zs" else method].features, dim=1)
         # Differs (A1): the paper writes the plain distance, but its a and b fit the squared one
         if kernels:  # kth_distance, faster
             d = kernels.knn_kth_distance(v, V, k) ** (2 if squared else 1)
         else:
-            d = kth_distance(v, V, k, squared)
+            d = kth_distance(v.to(device), V.to(device), k, squared).cpu()
         pairs[split] = Pair(of["ZS"].logits, of[method].logits, T, d, of[method].labels)
     return pairs
 
@@ -348,7 +355,7 @@ def weight_space(config, data, clip, study, method):
     for alpha, model in mixed.items():
         model.load_state_dict(wse(zs.state_dict(), ft.state_dict(), alpha))
     between = common.predict(config, mixed, data.val, clip)
-    val = {0.0: study.of["val"]["ZS"], **between, 1.0: study.of["val"][method]}
+    val = {0.0: study.predictions["val"]["ZS"], **between, 1.0: study.predictions["val"][method]}
     alpha = max(val, key=lambda x: val[x].right.double().mean())
     chosen = {alpha: {0.0: zs, **mixed, 1.0: ft}[alpha]}
     splits = (data.test, *data.shifts)
@@ -360,7 +367,7 @@ def evaluate(config, data, clip, models, seed):
     mixed = common.choose(config.ensemble, METHODS, "--ensemble")
     mixed = [m for m in models if m in mixed or m == "Fine-tuned"]
     study = collect(config, data, clip, models)
-    reported = [s for s in study.of if s != "val"]
+    reported = [s for s in study.predictions if s != "val"]
     rows, pairs = [], {}
 
     def add(method, right, choice=None, ours=False):
@@ -368,7 +375,7 @@ def evaluate(config, data, clip, models, seed):
         rows.append(row)
 
     for m in models:
-        add("Zero-shot" if m == "ZS" else m, {s: study.of[s][m].right for s in reported})
+        add("Zero-shot" if m == "ZS" else m, {s: study.predictions[s][m].right for s in reported})
         if m not in mixed:
             continue
         alpha, right = weight_space(config, data, clip, study, m)
@@ -397,7 +404,7 @@ def print_tables(config, data, rows):
     """The table in the paper's form, the rows that the paper lacks, and the paper's numbers."""
     runs = f"mean of {config.seeds} fine-tuning run{'s' * (config.seeds > 1)}"
     own = [r for r in rows if r["ours"]]
-    where = "the reported ID set (A10)" if config.select_on_test else "ID val"
+    where = "the reported ID set (A10)" if config.selection == "code" else "ID val"
     title = f"accuracy in %, {runs}; alpha, a/b chosen on {where}"
     print("\n" + common.accuracy_table([r for r in rows if not r["ours"]], title))
     if own:

@@ -1,15 +1,15 @@
 """The ablations and further figures of VRF (Sec. 5.3, Apps. B, C): sweeps over vrf.py's functions.
 
-    python studies/vrf_ablations.py all                 # digits: all of them, 1 minute after vrf.py
-    python studies/vrf_ablations.py k --data /imagenet  # one; every flag of vrf.py works here, too
+    python studies/vrf_ablations.py all                    # digits: all, 1 minute after vrf.py
+    python studies/vrf_ablations.py grid --data /imagenet  # one; takes every flag of vrf.py
 
-    sweep      Tabs. 8, 9, Fig. 5b   OSE, LSE, WSE by alpha    grid    Tab. 10       a and b
-    reference  Fig. 4                distance to V or all      linear  Tab. 4        on the LC
-    k          Fig. 5c               share of V                source  A3            which encoder
-    weights    Tab. 6, Fig. 6c       form of the weight        ratio   Figs. 1b, 13  ratio by set
-    selective  Tabs. 5, 13           one model or the other    mean    Fig. 5a       mean weight
-    g          Fig. 9                least variance (Eq. 15)   images  Fig. 7        near and far
-    timing     Fig. 8                search time by k
+    sweep        Tabs. 8, 9, Fig. 5b  one alpha; VRF of logits  grid    Tab. 10       a and b
+    reference    Fig. 4               distance to V or all      linear  Tab. 4        on the LC
+    k_share      Fig. 5c              k as a share of V         source  A3            which encoder
+    weights      Tab. 6, Fig. 6c      form of the weight        ratio   Figs. 1b, 13  ratio by set
+    selective    Tabs. 5, 13          one model or the other    images  Fig. 7        near and far
+    mean_weight  Fig. 5a              by set                    timing  Fig. 8        search by k
+    g_star       Fig. 9               least variance (Eq. 15)
 
 Each prints its table and leaves PNG and CSV in OUT/figures. Models and predictions are vrf.py's,
 from its caches. alpha, a, b are chosen on ID val wherever the paper's table does not sweep them.
@@ -102,31 +102,40 @@ def chosen_row(s, name, grid, scores, pairs):
 
 
 def sweep(s):
-    """Tabs. 8, 9, Figs. 5b, 10: every ensemble with one alpha, uncalibrated as in the tables."""
+    """Tabs. 8, 9, Figs. 5b, 10: every ensemble with one alpha, as in the tables and (A7) with VRF's
+    temperatures; VRF with its own (a, b), mixing probabilities and, for Fig. 5b, logits.
+    """
     zs, ft = s.study.models["ZS"], s.study.models[s.method]
-    figure, ((axis,),) = common.new_figure()
-    rows = []
-    for name in ("OSE", "LSE", "WSE"):
+    constant = {
+        "OSE": lambda e, alpha: vrf.ose(*e.raw, alpha),
+        "OSE calibrated": lambda e, alpha: vrf.ose(*e.calibrated, alpha),
+        "LSE": lambda e, alpha: vrf.ose(e.zs, e.ft, alpha),
+        "LSE calibrated": lambda e, alpha: vrf.ose(e.zs / e.T[0], e.ft / e.T[1], alpha),
+        "WSE": None,
+    }
+    rows, (figure, ((axis,),)) = [], common.new_figure()
+    for name, scores in constant.items():
         for alpha in vrf.ALPHAS:
-            if name == "WSE" and 0 < alpha < 1:
-                state = vrf.wse(zs.state_dict(), ft.state_dict(), alpha)
+            if scores is None:
                 mixed = copy.deepcopy(zs)
-                mixed.load_state_dict(state)
-                rows.append([name, alpha, *weight_space_percent(s, mixed)])
-            elif name == "LSE":
-                f = lambda e, alpha=alpha: vrf.ose(e.zs, e.ft, alpha)  # noqa: E731
-                rows.append([name, alpha, *percent(s.pairs, f)])
+                mixed.load_state_dict(vrf.wse(zs.state_dict(), ft.state_dict(), alpha))
+                shares = weight_space_percent(s, mixed)
             else:
-                f = lambda e, alpha=alpha: vrf.ose(*e.raw, alpha)  # noqa: E731
-                rows.append([name, alpha, *percent(s.pairs, f)])
+                shares = percent(s.pairs, lambda e, f=scores, alpha=alpha: f(e, alpha))
+            rows.append([name, f"{alpha:.1f}", *shares])
         own = [r for r in rows if r[0] == name]
-        axis.plot([r[2] for r in own], [r[-1] for r in own], "o-", ms=3, label=name)
-    f = sample_wise(s.config.weight)
-    rows.append(["VRF", "-", *percent(s.pairs, lambda e: f(e, s.ab))])
-    axis.plot(rows[-1][2], rows[-1][-1], "D", color="tab:orange", label="VRF")
+        dash = ":" if "calibrated" in name else "-"
+        axis.plot([r[2] for r in own], [r[-1] for r in own], dash, marker="o", ms=3, label=name)
+
+    def logits(e, ab):
+        return vrf.vrf(e.zs / e.T[0], e.ft / e.T[1], vrf.weight(e.d, *ab, s.config.weight))
+
+    for name, scores in (("VRF", sample_wise(s.config.weight)), ("VRF of logits", logits)):
+        rows.append(chosen_row(s, name, s.grid, scores, s.pairs))
+        axis.plot(rows[-1][2], rows[-1][-1], "D", label=name)
     axis.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %", title=s.method)
-    axis.legend()
-    show(s, "sweep", "Tabs. 8, 9", columns(s, "ensemble", "alpha"), rows, figure)
+    axis.legend(fontsize=7)
+    show(s, "sweep", "Tabs. 8, 9", columns(s, "ensemble", "alpha, a/b"), rows, figure)
 
 
 def weight_space_percent(s, model):
@@ -184,7 +193,7 @@ def train_features(s):
     return F.normalize(features, dim=1), labels
 
 
-def k(s):
+def k_share(s):
     """Fig. 5c: k as a share of |V|; the paper's shares and 1 %."""
     rows, scores = [], sample_wise(s.config.weight)
     for p in (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5):
@@ -269,7 +278,7 @@ def ratio(s):
     show(s, "ratio", "Fig. 13", ["set", "d", "ratio", "ZS, %", "FT, %", "n"], rows, figure)
 
 
-def mean(s):
+def mean_weight(s):
     """Fig. 5a: mean weight of the fine-tuned model by set; it should be highest on ID."""
     rows = [
         [split, len(e.d), f"{vrf.weight(e.d, *s.ab, s.config.weight).mean():.3f}"]
@@ -314,7 +323,7 @@ def detectors(s):
     x, y = train_features(s)
 
     def features(split):
-        return F.normalize(s.study.of[split][s.method].features, dim=1)
+        return F.normalize(s.study.predictions[split][s.method].features, dim=1)
 
     class_wise, background = mahalanobis(x, y), mahalanobis(x, torch.zeros_like(y))
     return {
@@ -352,7 +361,7 @@ def mixed_variance(g_ft, var_zs, var_ft, cov):
     return (1 - g_ft) ** 2 * var_zs + g_ft**2 * var_ft + 2 * (1 - g_ft) * g_ft * cov
 
 
-def g(s):
+def g_star(s):
     """Fig. 9: g* by distance, pooled over ID and shifts, from calibrated probabilities.
 
     eta = P(y|x) - 1 at the true class y, its variance over the samples of a window: the paper does
@@ -414,7 +423,9 @@ def images(s):
 
 def timing(s):
     """Fig. 8: ms per image of the exact search in PyTorch, k = 1, 2, 4 ... 512; median of 5."""
-    v = F.normalize(s.study.of[s.data.test.name][s.method].features, dim=1)[:1000]
+    device = common.pick_device(s.config.device)
+    v = F.normalize(s.study.predictions[s.data.test.name][s.method].features, dim=1)[:1000]
+    v, V = v.to(device), s.V.to(device)
     rows = []
     for exponent in range(10):
         count, seconds = 2**exponent, []
@@ -422,19 +433,21 @@ def timing(s):
             break
         for _ in range(6):
             start = time.perf_counter()
-            vrf.kth_distance(v, s.V, count)
+            vrf.kth_distance(v, V, count).cpu()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
         rows.append([count, f"{1000 * np.median(seconds[1:]) / len(v):.4f}"])
     shape = f"{len(v)} queries, V {len(s.V)} x {v.shape[1]}"
-    title = f"Fig. 8: CPU, {torch.get_num_threads()} threads, {shape}"
+    name = f"{torch.get_num_threads()} threads of the CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    title = f"Fig. 8: {name}, {shape}"
     figure, ((axis,),) = common.new_figure()
     axis.semilogx([r[0] for r in rows], [float(r[1]) for r in rows], "o-", base=2)
     axis.set(xlabel="k", ylabel="ms per image", ylim=(0, None))
     show(s, "timing", title, ["k", "ms/image"], rows, figure)
 
 
-ABLATIONS = [sweep, grid, linear, reference, k, source, weights, ratio, selective, mean, g]
-ABLATIONS = {f.__name__: f for f in [*ABLATIONS, images, timing]}
+ABLATIONS = [sweep, grid, linear, reference, k_share, source, weights, ratio, selective]
+ABLATIONS = {f.__name__: f for f in [*ABLATIONS, mean_weight, g_star, images, timing]}
 
 
 def main(argv=None):

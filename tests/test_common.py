@@ -334,7 +334,7 @@ def test_training_that_runs_out_of_data_is_an_error():
 
 def test_a_temperature_beyond_tied_logits_is_said(capsys):
     logits, labels = torch.tensor([[1.0, 1.0]] * 10), torch.tensor([0] * 9 + [1])
-    assert common.temperature(logits, labels, "code") == 1.0
+    assert common.temperature(logits, labels, "confidence") == 1.0
     assert "none gives a mean confidence of 0.900" in capsys.readouterr().out
 
 
@@ -608,16 +608,16 @@ def test_nll_temperature_recovers_the_scale_that_was_put_in(scale):
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
-def test_code_temperature_makes_confidence_equal_accuracy(scale):
+def test_confidence_temperature_makes_confidence_equal_accuracy(scale):
     logits, labels = calibrated_logits()
-    t = common.temperature(scale * logits, labels, "code")
+    t = common.temperature(scale * logits, labels, "confidence")
     p = (scale * logits / t).softmax(1)
     assert p.amax(1).mean().item() == pytest.approx(common.accuracy(p, labels), abs=1e-4)
 
 
 @pytest.mark.parametrize("labels", [torch.arange(4), torch.arange(4).roll(1)])
 def test_a_temperature_that_does_not_exist_is_said(labels, capsys):
-    assert common.temperature(torch.eye(4), labels, "code") == 1.0
+    assert common.temperature(torch.eye(4), labels, "confidence") == 1.0
     assert "none gives a mean confidence" in capsys.readouterr().out
 
 

@@ -173,7 +173,7 @@ def test_the_200_classes_of_a_and_r_have_the_ids_of_the_papers(tmp_path):
     for name in "ar":
         wnids = lists.joinpath(f"imagenet_{name}_synsets.txt").read_text().split()
         put(tmp_path / f"imagenet-{name}", wnids)
-    a, r = common.open_data(str(tmp_path), select_on_test=True).shifts
+    a, r = common.open_data(str(tmp_path), selection="code").shifts
     first = [6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70]
     assert len(a.groups) == 200 and [g[0] for g in a.groups[:16]] == first
     first = [1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63]
@@ -277,7 +277,7 @@ def test_a_shift_set_with_the_wrong_content_is_not_silently_missing(tmp_path):
 def test_a_count_that_differs_from_the_published_one_is_said_loudly(tmp_path):
     put(tmp_path / "train", trees.imagenet_wnids(), 1)
     put(tmp_path / "val", trees.imagenet_wnids())
-    table = common.describe(common.open_data(str(tmp_path), select_on_test=True))
+    table = common.describe(common.open_data(str(tmp_path), selection="code"))
     assert "WARNING: test has 1,000 images where 50,000 are expected (49,000 missing)" in table
     assert "val is the test set" in table
 
@@ -288,7 +288,7 @@ def test_either_printed_count_of_objectnet_passes(tmp_path):
     put(tmp_path / "val", trees.imagenet_wnids())
     put(tmp_path / "objectnet-1.0" / "images", ["aquarium"], 18_514 - 3, b"")  # and 2 big fish
     for warned in (True, False):
-        table = common.describe(common.open_data(str(tmp_path), select_on_test=True))
+        table = common.describe(common.open_data(str(tmp_path), selection="code"))
         assert ("WARNING: ObjectNet" in table) == warned
         put(tmp_path / "objectnet-1.0" / "images", ["fish_big"], 3)
 
@@ -366,7 +366,7 @@ def cifar(root, pickler=Python2):
 
 @pytest.mark.parametrize("pickler", [Python2, pickle.Pickler])
 def test_cifar_batches_are_read_in_order_as_rows_of_pixels(tmp_path, pickler):
-    data = common.open_data(str(cifar(tmp_path, pickler)), select_on_test=True)
+    data = common.open_data(str(cifar(tmp_path, pickler)), selection="code")
     assert data.kind == "cifar10" and data.classes[6] == "frog"
     assert data.train.images.shape == (50, 32, 32, 3)
     assert data.train.images[:, 0, 0, 0].tolist() == list(range(50))
@@ -513,7 +513,7 @@ def test_entity30_draws_what_the_reference_package_draws(tmp_path):
 def test_entity30_reads_superclasses_from_an_imagenet_tree(tmp_path):
     groups = hierarchy(tmp_path)
     imagenet(tmp_path / "imagenet", [w for g in groups.values() for w in g], 2)
-    data = common.open_data(f"entity30:{tmp_path / 'imagenet'}", select_on_test=True)
+    data = common.open_data(f"entity30:{tmp_path / 'imagenet'}", selection="code")
     assert data.kind == "entity30" and data.classes == ["big fish", "little bird"]
     (shift,) = data.shifts
     assert data.train.labels.tolist() == [0] * 8 + [1] * 8
@@ -570,11 +570,11 @@ def test_a_shift_class_that_train_lacks_is_named_with_the_nearest(tmp_path):
 def test_class_names_are_folder_names_with_spaces_or_come_from_a_file(tmp_path):
     put(tmp_path / "train", ["red_fox", "äpfel"])
     put(tmp_path / "val", ["red_fox", "äpfel"])
-    data = common.open_data(str(tmp_path), select_on_test=True)
+    data = common.open_data(str(tmp_path), selection="code")
     assert data.classes == ["red fox", "äpfel"] and len(data.templates) == 80
     (tmp_path / "classnames.txt").write_text("fox\napple\n", encoding="utf-8")
     (tmp_path / "templates.txt").write_text("a photo of a {}.\n\na {}\n", encoding="utf-8")
-    data = common.open_data(str(tmp_path), select_on_test=True)
+    data = common.open_data(str(tmp_path), selection="code")
     assert data.classes == ["fox", "apple"] and data.templates == ["a photo of a {}.", "a {}"]
 
 
@@ -673,7 +673,7 @@ def test_a_held_out_part_does_not_look_like_missing_images(tmp_path):
 
 
 def test_selecting_on_the_test_set_keeps_all_training_images(tmp_path):
-    data = held_out(tmp_path, select_on_test=True)
+    data = held_out(tmp_path, selection="code")
     assert data.val is data.test and len(data.train.images) == 81
 
 

@@ -311,8 +311,8 @@ def test_wrong_labels_in_a_shift_set_change_no_choice(tree, plain, tmp_path, mon
     assert shares(rows, "E2E-FT")["again"] < 0.3 < shares(plain[0], "E2E-FT")["again"]
 
 
-def test_select_on_test_takes_what_is_best_on_the_reported_set(tree, out, plain):
-    rows, text = on_tree(tree, out, "--select-on-test")
+def test_selection_code_takes_what_is_best_on_the_reported_set(tree, out, plain):
+    rows, text = on_tree(tree, out, "--selection", "code")
     assert "selection sees the reported images" in text
     for name in ("+OSE", "+VRF"):
         top = shares(rows, f"E2E-FT {name} oracle")["test"]
@@ -380,8 +380,8 @@ def test_linear_weight_runs_from_zs_at_slope_zero_to_ft_at_a_steep_one(tree, out
     assert right(steep, "E2E-FT +VRF") == right(steep, "E2E-FT") != right(flat, "Zero-shot")
 
 
-def test_temperature_off_makes_calibrated_rows_plain(tree, out, plain):
-    rows, text = on_tree(tree, out, "--temperature", "off")
+def test_temperature_paper_makes_calibrated_rows_plain(tree, out, plain):
+    rows, text = on_tree(tree, out, "--temperature", "paper")
     assert "ZS 1.00, E2E-FT 1.00" in text
     for a, b in (("+OSE calibrated", "+OSE"), ("+VRF raw", "+VRF")):
         a, b = row(rows, f"E2E-FT {a}"), row(rows, f"E2E-FT {b}")

@@ -83,16 +83,16 @@ def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(monkeypat
 
 
 def test_far_features_score_lower_with_every_distance_detector(setting):
-    near = setting.study.of["val"]["E2E-FT"].features
-    real = setting.study.of
+    near = setting.study.predictions["val"]["E2E-FT"].features
+    real = setting.study.predictions
     try:
-        setting.study.of = {"near": {"E2E-FT": common.Prediction(near, None, None)}}
-        setting.study.of["far"] = {"E2E-FT": common.Prediction(-near, None, None)}
+        setting.study.predictions = {"near": {"E2E-FT": common.Prediction(near, None, None)}}
+        setting.study.predictions["far"] = {"E2E-FT": common.Prediction(-near, None, None)}
         found = ablations.detectors(setting)
         for name in ("Mahalanobis", "kNN"):
             assert found[name]("near").mean() > found[name]("far").mean()
     finally:
-        setting.study.of = real
+        setting.study.predictions = real
 
 
 def test_msp_and_energy_by_hand(setting):
@@ -115,6 +115,8 @@ def test_a_sweeps_ends_are_zero_shot_and_fine_tuned(setting, capsys):
         for line in capsys.readouterr().out.splitlines()
         if line[:3] in ("OSE", "WSE", "LSE")
     ]
+    lines = [[x for x in line if x != "calibrated"] for line in lines]
+    assert len(lines) == 55
     ends = {alpha: {tuple(x[2:]) for x in lines if x[1] == alpha} for alpha in ("0.0", "1.0")}
     assert len(ends["0.0"]) == len(ends["1.0"]) == 1 and ends["0.0"] != ends["1.0"]
 
