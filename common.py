@@ -74,8 +74,11 @@ def parse(Config, argv, doc):
 
 def begin(Config, argv, doc, presets):
     """How every main starts: command line -> config and data, the table of sets printed, the preset
-    of this kind of data applied. `presets`: {kind: {field: value}}. Raises InputError.
+    of this kind of data applied. `presets`: {kind: {field: value}}; the digits get their tiny CLIP.
+    Raises InputError.
     """
+    tiny = {"model": "tiny_clip", "weights": str(EMBEDDED / "tiny_clip.npz")}
+    presets = presets | {"digits": tiny | presets.get("digits", {})}
     config = parse(Config, argv, doc)
     if not config.out or os.path.isfile(config.out):
         raise InputError(f"--out {config.out!r}: expected a folder, new or old")
@@ -625,13 +628,15 @@ def fit(
     said=None,
     resume=True,
     name="fit",
+    probe=None,
 ):
     """Train `module` in place: learning rates times `warmup_cosine`, gradient clip, autocast.
 
     loss_fn(batch) -> scalar. batches_from(step) -> iterator of tuples of tensors from that step on.
     path: checkpoint, written every `save_every` steps, on Ctrl-C and at the end; with `resume` an
     unfinished one is continued bit for bit, a finished one read and not trained again. `said`: what
-    else to keep in it (numbers, strings). Raises InputError when the loss is not finite.
+    else to keep in it (numbers, strings). probe(n) is called when n steps are done, 0 included.
+    Raises InputError when the loss is not finite.
     """
     from tqdm import tqdm
 
@@ -642,6 +647,9 @@ def fit(
     module.train()
     with ctrl_c() as asked, tqdm(total=steps, initial=first, desc=name, leave=False) as bar:
         for step, batch in enumerate(batches_from(first) if first < steps else (), first):
+            if probe and step == first:
+                probe(first)
+                module.train()
             for group in optimiser.param_groups:
                 base = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = base * warmup_cosine(step, warmup, steps)
@@ -658,6 +666,9 @@ def fit(
             bar.update()
             done = step + 1
             save = done == steps or asked[0] or (save_every and done % save_every == 0)
+            if probe:
+                probe(done)
+                module.train()
             if batch is not None and (save or step % 10 == 0):  # reading the loss waits for the GPU
                 value = loss.item()
                 if not math.isfinite(value):
@@ -709,8 +720,11 @@ def restore(path, module, optimiser, scaler, steps, name):
     return saved["step"]
 
 
-def fine_tune(config, name, model, split, clip, lr, seed):
-    """Train a Classifier on augmented images with cross-entropy, by the fields of a Config."""
+def fine_tune(config, name, model, split, clip, lr, seed, optimiser=None, loss_of=None, probe=None):
+    """Train a Classifier on augmented images, by the fields of a Config.
+
+    AdamW or `optimiser`; loss_of(images, labels) or cross-entropy; `probe`: see `fit`.
+    """
     transform, n = train_transform(clip.size, clip.mean, clip.std), len(split.labels)
 
     def batches_from(first):
@@ -718,9 +732,10 @@ def fine_tune(config, name, model, split, clip, lr, seed):
         return load_images(split, transform, order, config)
 
     def loss_fn(batch):
-        return F.cross_entropy(model(batch[0])[1], batch[1])
+        return loss_of(*batch[:2]) if loss_of else F.cross_entropy(model(batch[0])[1], batch[1])
 
-    train_by(config, name, model, model, loss_fn, batches_from, n, split, clip, lr, seed)
+    args = config, name, model, model, loss_fn, batches_from, n, split, clip, lr, seed
+    train_by(*args, optimiser, probe)
 
 
 def linear_probe(config, name, model, split, clip, lr, seed):
@@ -743,13 +758,30 @@ def steps_of(config, n):
     return config.epochs * math.ceil(n / config.batch)
 
 
-def train_by(config, name, model, part, loss_fn, batches_from, n, split, clip, lr, seed):
+def train_by(
+    config,
+    name,
+    model,
+    part,
+    loss_fn,
+    batches_from,
+    n,
+    split,
+    clip,
+    lr,
+    seed,
+    optimiser=None,
+    probe=None,
+):
     """`fit` with AdamW; the checkpoint's name is a hash of start, data and every number used."""
     fields = ("epochs", "batch", "weight_decay", "warmup", "clip", "precision")
     said = {k: getattr(config, k) for k in fields} | {"name": name, "lr": lr, "seed": seed}
     said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu, "images": n}
+    if optimiser is None:
+        optimiser = torch.optim.AdamW(part.parameters(), lr=lr, weight_decay=config.weight_decay)
+    else:
+        said["optimiser"] = type(optimiser).__name__ + str(sorted(optimiser.defaults.items()))
     key = hash_of(model.state_dict(), split.fingerprint, clip.key, said)
-    optimiser = torch.optim.AdamW(part.parameters(), lr=lr, weight_decay=config.weight_decay)
     set_seed(seed)
     fit(
         model,
@@ -765,6 +797,7 @@ def train_by(config, name, model, part, loss_fn, batches_from, n, split, clip, l
         said=said,
         resume=config.resume,
         name=name,
+        probe=probe,
     )
 
 

@@ -1,26 +1,119 @@
 """SPD: Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models.
 Tian, Huang, Kira; NeurIPS 2024; arXiv 2411.01713.
 
-Only the optimiser is here; the paper's experiments are still to come.
-
 Fine-tuning with Adam drifts far from the pre-trained weights and loses robustness; pulling every
 layer back at every step (L2-SP) under-fits. Selective projection decay (SPD) pulls a layer back
 only at steps where the gradient says that the layer has gone too far (c_t < 0). How far is set by
 how much the step would enlarge the deviation (r_t): with strength 1 the layer is projected back to
 the radius that it had before the step.
 
-    Sec. 3    Eq. 3   condition c_t              condition
+    Sec. 3    Eq. 1   L2-SP in the loss          l2_sp_gradient
+              Eq. 2   L2-SP in the step          pull
+              Eq. 3   condition c_t              condition
               Eq. 4   the projection             project
               Eq. 9   deviation ratio r_t        deviation_ratio
-              Alg. 2  Adam with the three        AdamSPD
+              Alg. 1, 2                          AdamSPD
+    Sec. 4    image classification               main
 
-AdamSPD needs nothing but torch, so this file may be lifted into another project. Beside common.py
-it also uses the compiled kernel, which gives the same weights up to rounding.
+    python spd.py                   # embedded digits, 3 minutes
+    python spd.py --data /imagenet  # CLIP ViT-B/16; not measured by us
+
+AdamSPD needs nothing but torch: copy this file into another project and import it there. Beside
+common.py it also uses the compiled kernel, which gives the same weights up to rounding.
+
+Differs from the paper (P) or the authors' code (C):
+S1  strength is spd_lambda, never weight_decay, as it hides in C: 0.01 to 0.1 there is SPD switched
+    off. weight_decay here is AdamW's, 0 unless given.
+S2  anchors belong to parameters, not to groups: any iterable and the groups of timm and Hugging
+    Face work. New layers: anchored at their start, as C's manual says; "none" leaves them free.
+S3  Eq. 9 is computed without a difference of norms, which would lose a small r_t in fp32.
+S4  P's form of L2-SP (Eq. 2) is not certain: coupled and decoupled are both here, and labelled.
+S5  open_clip's towers have no drop-path; it is put in at their residual branches.
 """
 
+import copy
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+
+try:
+    import common
+    from common import arg
+except ModuleNotFoundError:  # lifted out: AdamSPD asks for nothing here
+    common = None
+
+    def arg(default, *_):
+        return default
+
+
+METHODS = ("AdamW", "L2-SP", "Adam-SPD")
+FAMILIES = ("Zero-shot", *METHODS)
+PRESETS = {  # as vrf.py's, where the rates come from, with fewer epochs and no mixing of digits
+    "digits": {
+        "epochs": 5,
+        "batch": 64,
+        "lr": 2e-4,
+        "warmup": 24,  # a tenth of the steps
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "drop_path": 0.0,
+    }
+}
+
+
+@dataclass
+class Config:
+    data: str = arg("digits", "digits; folder: ImageNet, CIFAR-10, train/ val/; entity30:FOLDER")
+    model: str = arg("ViT-B-16", "open_clip architecture; the paper says CLIP ViT-Base")
+    pretrained: str = arg("openai", "open_clip's tag of the zero-shot weights, or random")
+    weights: str = arg("", "local file with the zero-shot weights instead")
+    quick_gelu: str = arg("auto", "activation: from the source, or overruled", "auto yes no")
+    trust_checkpoint: bool = arg(False, "let weight files that need it run code")
+    methods: str = arg("AdamW,L2-SP,Adam-SPD", "what to train, comma-separated")
+    spd_lambda: str = arg("0.25,0.5,1,2", "strengths of Adam-SPD; Tab. 1 has 1")
+    l2sp: str = arg("1,10,100", "strengths of L2-SP; ours")
+    l2sp_form: str = arg("decoupled", "in the step or in the loss (S4)", "decoupled coupled")
+    head: str = arg("pretrained", "anchor of the classifier (S2)", "pretrained none")
+    epochs: int = arg(30, "paper: 30 or 60 on DomainNet")
+    batch: int = arg(512, "ours; the paper's is not known to us")
+    lr: float = arg(2e-5, "DomainNet")
+    weight_decay: float = arg(0.1, "of AdamW alone; listed for all runs")
+    warmup: int = arg(500, "steps of linear warm-up; ours")
+    clip: float = arg(1.0, "largest gradient norm; ours")
+    smoothing: float = arg(0.1, "label smoothing, all runs")
+    mixup: float = arg(0.8, "all runs; needs an even batch")
+    cutmix: float = arg(1.0, "all runs")
+    drop_path: float = arg(0.2, "all runs (S5)")
+    selection: str = arg("paper", "paper: on ID val; code: on the reported ID set", "paper code")
+    val_fraction: float = arg(0.02, "of train held out as ID val, where the data bring none; ours")
+    seeds: int = arg(1, "number of fine-tuning runs")
+    seed: int = arg(0, "seed of the first run")
+    precision: str = arg("fp32", "autocast; the paper does not state its own", "fp32 bf16 fp16")
+    device: str = arg("auto", "auto: cuda, mps, cpu")
+    workers: int = arg(0, "processes that decode images")
+    skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
+    resume: bool = arg(True, "continue unfinished training, reuse finished")
+    out: str = arg("runs/spd", "folder for checkpoints, caches, results, figures")
+
 
 # --- method ---------------------------------------------------------------------------------------
+
+
+def l2_sp_gradient(grad, before, anchor, strength):
+    """Eq. (1): gradient of L + strength / 2 ||theta - theta_0||^2.  [...] -> [...]"""
+    return grad + strength * (before - anchor)
+
+
+def pull(after, anchor, amount):
+    """Eq. (2), decoupled L2-SP: theta_t = theta~_t - amount (theta~_t - theta_0), amount = lr
+    lambda. Unconditional, and the same for every layer.  [...] -> [...]
+    """
+    return torch.lerp(after, anchor.expand_as(after), amount)
 
 
 def condition(grad, before, anchor):
@@ -32,18 +125,20 @@ def condition(grad, before, anchor):
 
 
 def project(after, anchor, c, r, spd_lambda):
-    """Eq. (4): theta_t = theta~_t - lambda r_t (theta~_t - theta_0) if c_t < 0.  [...] -> [...]"""
-    if not (c < 0 and r > 0):
-        return after
-    return anchor + (1 - spd_lambda * float(r)) * (after - anchor)
+    """Eq. (4): theta_t = theta~_t - lambda r_t (theta~_t - theta_0) if c_t < 0.  [...] -> [...]
+
+    The choice is made on the device: nothing waits for it, and weight 0 returns theta~_t exactly.
+    """
+    amount = torch.where(c < 0, spd_lambda * r, 0.0).to(after.dtype)
+    return torch.lerp(after, anchor.expand_as(after), amount)
 
 
 def deviation_ratio(before, after, anchor):
     """Eq. (9): r_t = max(0, gamma_t - gamma_{t-1}) / gamma_t, gamma = ||theta - theta_0||.  -> []
 
     With D = theta_{t-1} - theta_0 and u = theta~_t - theta_{t-1}, gamma_t^2 - gamma_{t-1}^2 = S3 =
-    sum u (2 D + u), so r_t = S3 / (gamma_t (gamma_t + gamma_{t-1})). The difference of the norms
-    themselves would lose all digits of a small r_t in fp32.
+    sum u (2 D + u), so r_t = S3 / (gamma_t (gamma_t + gamma_{t-1})). Differs (S3): the difference
+    of the norms themselves would lose all digits of a small r_t in fp32.
     """
     distance, update = before.double() - anchor.double(), after.double() - before.double()
     growth = (update * (2 * distance + update)).sum()
@@ -51,43 +146,82 @@ def deviation_ratio(before, after, anchor):
     return torch.where(growth > 0, growth / (current * (current + previous)), 0.0)
 
 
-def adam(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps):
-    """theta~_t: torch.optim.Adam's step without decay; moments updated in place.  -> [...]"""
+def cautious(before, after, anchor, amount):
+    """Not the paper's: decay towards theta_0 of the elements whose step already goes there, as
+    cautious weight decay (ICLR 2026) does towards 0.  [...] -> [...]
+    """
+    distance = before - anchor
+    return after - amount * distance * ((before - after) * distance >= 0)
+
+
+def adam(start, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, max_sq=None):
+    """theta~_t: torch.optim.Adam's step without decay; moments updated in place.  -> [...]
+
+    step and lr are numbers, or tensors on the device (then nothing is read back).
+    """
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = (exp_avg_sq.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
-    return param.addcdiv(exp_avg, denominator, value=-lr / (1 - betas[0] ** step))
+    if max_sq is not None:  # AMSGrad
+        torch.maximum(max_sq, exp_avg_sq, out=max_sq)
+    second = exp_avg_sq if max_sq is None else max_sq
+    denominator = (second.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
+    size = lr / (1 - betas[0] ** step)
+    if isinstance(size, torch.Tensor):
+        return start - size.to(start.dtype) * (exp_avg / denominator)
+    return start.addcdiv(exp_avg, denominator, value=-size)
+
+
+ANCHORS = ("pretrained", "zero", "none")
+RULES = ("spd", "l2-sp decoupled", "l2-sp coupled", "cautious")
 
 
 class AdamSPD(torch.optim.Optimizer):
-    """Alg. 2: Adam with selective projection decay, per parameter tensor.
+    """Alg. 2: Adam with selective projection decay, per parameter tensor. Options of every group:
 
-    anchor     theta_0 of a group: "pretrained" (the weights when the group is added, kept in the
-               state), "zero" (PEFT: the origin, stores nothing) or "none" (plain Adam).
-    spd_lambda lambda of Eq. (4). It is no weight decay: 1 is the value to try first, 0.01 does next
+    spd_lambda lambda of Eq. (4). It is no weight decay: 1 is the value to try first, 0.1 does next
                to nothing.
-    fused      None: the compiled kernel where it can be had and the tensors of a step are a million
-               elements or more, since for less its build would not pay; True: insist; False: never.
-    stats      keep c_t, r_t and gamma_{t-1} of the last step in state[p]["spd"], [3] fp64.
+    anchor     theta_0: "pretrained" (the weights when the group is added, kept in the state),
+               "zero" (PEFT: the origin, stores nothing) or "none" (plain Adam).
+    rule       "spd", or what it is compared with: "l2-sp decoupled", "l2-sp coupled" (Alg. 1),
+               "cautious"; spd_lambda is the strength of each.
+    weight_decay, amsgrad, maximize  as torch.optim.AdamW's.
+
+    And of the whole optimiser:
+    fused        None: the compiled kernel where it can be had and the tensors of a step are a
+                 million elements or more, since for less its build would not pay; True: insist;
+                 False: never.
+    capturable   step counts live on the device, so that a CUDA graph can hold the step.
+    save_anchors False leaves them out of the state dict; loading then checks, by hash, that the
+                 optimiser was made of the same pre-trained weights.
+    stats        keep c_t, r_t and gamma_{t-1} of the last step in state[p]["spd"], [3] fp64.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, spd_lambda=1.0,
-                 anchor="pretrained", fused=None, stats=False):  # fmt: skip
-        self.fused, self.stats = fused, stats
+                 anchor="pretrained", rule="spd", weight_decay=0.0, amsgrad=False, maximize=False,
+                 fused=None, capturable=False, save_anchors=True, stats=False):  # fmt: skip
+        self.fused, self.capturable = fused, capturable
+        self.save_anchors, self.stats = save_anchors, stats
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, spd_lambda=spd_lambda, anchor=anchor)
+        defaults |= dict(rule=rule, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(params, defaults)
 
     def add_param_group(self, group):
         super().add_param_group(group)
         group = self.param_groups[-1]
-        if group["anchor"] not in ("pretrained", "zero", "none"):
-            known = "'pretrained', 'zero' or 'none'"
-            raise ValueError(f"AdamSPD: anchor must be {known}, got {group['anchor']!r}")
-        for name in ("lr", "eps", "spd_lambda"):
+        for name, known in (("anchor", ANCHORS), ("rule", RULES)):
+            if group[name] not in known:
+                known = ", ".join(map(repr, known))
+                raise ValueError(f"AdamSPD: {name} must be one of {known}, got {group[name]!r}")
+        for name in ("lr", "eps", "spd_lambda", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"AdamSPD: {name} must not be negative, got {group[name]}")
-        if group["anchor"] == "pretrained":
-            for param in group["params"]:
+        if group["rule"] == "spd" and 0 < group["spd_lambda"] <= 0.1:  # Differs (S1)
+            message = f"spd_lambda {group['spd_lambda']} is next to none; it is no weight decay"
+            warnings.warn(f"AdamSPD: {message}: try 1", stacklevel=3)
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError("AdamSPD: complex parameters are not supported")
+            if group["anchor"] == "pretrained":
                 self.state[param]["anchor"] = param.detach().clone()
 
     @torch.no_grad()
@@ -106,25 +240,57 @@ class AdamSPD(torch.optim.Optimizer):
                     raise ValueError("AdamSPD: sparse gradients are not supported, use dense ones")
                 state = self.state[param]
                 if "step" not in state:
-                    state["step"] = 0
+                    state["step"] = torch.zeros((), device=param.device) if self.capturable else 0
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
+                    if group["amsgrad"]:
+                        state["max_exp_avg_sq"] = torch.zeros_like(param)
                 state["step"] += 1
-                batches.setdefault((param.device, param.dtype, state["step"]), []).append(param)
-            for (_, _, step), params in batches.items():
-                if kernels := self._kernels(params):
-                    self._fused_step(kernels, params, step, group)
+                key = param.device, param.dtype, id(state) if self.capturable else state["step"]
+                batches.setdefault(key, []).append(param)
+            for params in batches.values():
+                if kernels := self._kernels(params, group):
+                    self._fused_step(kernels, params, group)
                 else:
-                    self._loop_step(params, step, group)
+                    self._loop_step(params, group)
         return loss
 
-    def _kernels(self, params):
-        """The compiled kernels if they take these tensors, else None."""
+    def _loop_step(self, params, group):
+        rule, strength, lr = group["rule"], group["spd_lambda"], group["lr"]
+        for param in params:
+            state, before = self.state[param], param
+            grad = -param.grad if group["maximize"] else param.grad
+            anchor = state.get("anchor", torch.zeros((), dtype=param.dtype, device=param.device))
+            free = group["anchor"] == "none"
+            raw = grad
+            if rule == "l2-sp coupled" and not free:
+                grad = l2_sp_gradient(grad, before, anchor, strength)
+            start = before * (1 - lr * group["weight_decay"]) if group["weight_decay"] else before
+            args = grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr, group["betas"]
+            after = adam(start, *args, group["eps"], state.get("max_exp_avg_sq"))
+            if rule == "spd" and not free:
+                c, r = condition(raw, before, anchor), deviation_ratio(before, after, anchor)
+                after = project(after, anchor, c, r, strength)
+                if self.stats:
+                    gamma = (before.double() - anchor.double()).norm()
+                    state["spd"] = torch.stack([c, r, gamma])
+            elif rule == "l2-sp decoupled" and not free:
+                after = pull(after, anchor, lr * strength)
+            elif rule == "cautious" and not free:
+                after = cautious(before, after, anchor, lr * strength)
+            param.copy_(after)
+
+    def _kernels(self, params, group):
+        """The compiled kernels if they take these tensors and this group, else None."""
         if self.fused is False:
             return None
         device, dtype = params[0].device.type, params[0].dtype
-        fits = dtype == torch.float32 and device in ("cpu", "cuda")
-        fits |= dtype == torch.float64 and device == "cpu"
+        plain = not (group["weight_decay"] or group["amsgrad"] or group["maximize"])
+        fits = plain and group["rule"] == "spd" and not self.capturable
+        fits &= not isinstance(group["lr"], torch.Tensor)
+        fits &= (dtype == torch.float32 and device in ("cpu", "cuda")) or (
+            dtype == torch.float64 and device == "cpu"
+        )
         for p in params:
             fits &= p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == dtype
         worth = self.fused or sum(p.numel() for p in params) >= 1_000_000
@@ -133,12 +299,13 @@ class AdamSPD(torch.optim.Optimizer):
             kernels = None
         if self.fused and kernels is None:
             raise ValueError(
-                "AdamSPD: fused=True needs the compiled kernels of this project and contiguous "
-                f"float32 tensors, on the CPU also float64, got {dtype} on {device}; use fused=None"
+                "AdamSPD: fused=True needs the compiled kernels of this project, rule 'spd' with "
+                "no weight_decay, amsgrad, maximize, capturable or tensor lr, and contiguous "
+                f"float32 tensors (CPU: also float64), got {dtype} on {device}; use fused=None"
             )
         return kernels
 
-    def _fused_step(self, kernels, params, step, group):
+    def _fused_step(self, kernels, params, group):
         states, sums = [self.state[p] for p in params], None
         if self.stats:
             device = params[0].device
@@ -149,7 +316,7 @@ class AdamSPD(torch.optim.Optimizer):
             [p.grad for p in params],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
-            step,
+            states[0]["step"],
             group["lr"],
             group["betas"],
             group["eps"],
@@ -162,25 +329,304 @@ class AdamSPD(torch.optim.Optimizer):
                 ratio = torch.where(s3 > 0, s3 / (after * (after + before)), 0.0)
                 state["spd"] = torch.stack([-s1, ratio, before])
 
-    def _loop_step(self, params, step, group):
-        for param in params:
-            state = self.state[param]
-            args = param.grad, state["exp_avg"], state["exp_avg_sq"], step, group["lr"]
-            after = adam(param, *args, group["betas"], group["eps"])
-            if group["anchor"] != "none":
-                zero = torch.zeros((), dtype=param.dtype, device=param.device)
-                anchor = state["anchor"] if group["anchor"] == "pretrained" else zero
-                c, r = condition(param.grad, param, anchor), deviation_ratio(param, after, anchor)
-                if self.stats:
-                    state["spd"] = torch.stack([c, r, (param.double() - anchor.double()).norm()])
-                after = project(after, anchor, c, r, group["spd_lambda"])
-            param.copy_(after)
+    def state_dict(self):
+        """torch's, with the anchors, or with their hashes if save_anchors is False."""
+        saved = super().state_dict()
+        if not self.save_anchors:
+            for i, state in saved["state"].items():
+                if "anchor" in state:
+                    saved["state"][i] = {**state, "anchor": fingerprint(state["anchor"])}
+        return saved
+
+    def load_state_dict(self, saved):
+        """torch's; anchors come from the file, or stay where the file has their hashes only.
+
+        Raises ValueError if a hash is of other weights: make the optimiser of the pre-trained model
+        first, load the fine-tuned one afterwards.
+        """
+        mine = {p: state["anchor"] for p, state in self.state.items() if "anchor" in state}
+        super().load_state_dict(saved)
+        for p, state in self.state.items():
+            if isinstance(state.get("anchor"), int):
+                if p not in mine or fingerprint(mine[p]) != state["anchor"]:
+                    raise ValueError(
+                        "AdamSPD: the state dict is of other anchors; make the optimiser of the "
+                        "pre-trained weights, then load the state dict and the fine-tuned weights"
+                    )
+                state["anchor"] = mine[p]
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a file from before these options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def fingerprint(tensor):
+    """60-bit hash of a tensor's bytes, an int: torch's loader would take a string apart."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return int(hashlib.sha256(data).hexdigest()[:15], 16)
+
+
+def param_groups(model, special=None):
+    """Groups of a model's trainable parameters: {prefix of names: options}, the first that fits.
+
+    AdamSPD(param_groups(model, {"head.": {"anchor": "none"}, "visual.": {"spd_lambda": 0.5}}))
+    """
+    special, groups = special or {}, {}
+    for name, param in model.named_parameters():
+        prefix = next((p for p in special if name.startswith(p)), "")
+        if param.requires_grad:
+            groups.setdefault(prefix, {**special.get(prefix, {}), "params": []})
+            groups[prefix]["params"].append(param)
+    if unused := set(special) - set(groups):
+        raise ValueError(f"param_groups: no trainable parameter begins with {sorted(unused)[0]!r}")
+    return list(groups.values())
 
 
 def compiled():
     """The kernels of this project; None where they cannot be built, or common.py is not here."""
+    return common.kernels() if common else None
+
+
+# --- train / prepare ------------------------------------------------------------------------------
+
+
+def strengths(text, flag):
+    """'0.5,1' -> [0.5, 1.0]. Raises InputError."""
     try:
-        import common
-    except ImportError:
-        return None
-    return common.kernels()
+        found = [float(x) for x in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if min(found) <= 0:
+        raise common.InputError(f"{flag} {text}: expected positive numbers such as 0.5,1")
+    return found
+
+
+def recipes(config):
+    """{row: (method, strength, function of a model -> optimiser)}, in the table's order."""
+    wanted = common.choose(config.methods, METHODS, "--methods")
+    free = {"head.": {"anchor": "none"}} if config.head == "none" else {}
+
+    def spd(rule, strength):
+        def make(model):
+            groups = param_groups(model, free)
+            return AdamSPD(groups, lr=config.lr, spd_lambda=strength, rule=rule)
+
+        return make
+
+    def adamw(model):
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    rows = {"AdamW": ("AdamW", None, adamw)}
+    for x in strengths(config.l2sp, "--l2sp"):
+        rows[f"L2-SP {x:g}"] = "L2-SP", x, spd(f"l2-sp {config.l2sp_form}", x)
+    for x in strengths(config.spd_lambda, "--spd-lambda"):
+        rows[f"Adam-SPD {x:g}"] = "Adam-SPD", x, spd("spd", x)
+    return {name: row for name, row in rows.items() if row[0] in wanted}
+
+
+def train(config, name, data, clip, start, make, seed):
+    """The fine-tuned copy of Classifier `start`, as it was after the epoch of highest accuracy on
+    ID val (Sec. 4). Checkpoints and the best model so far are kept, so that a run can continue.
+    """
+    model, per_epoch = copy.deepcopy(start), math.ceil(len(data.train.labels) / config.batch)
+    add_drop_path(model.visual, config.drop_path)
+    optimiser, best = make(model), {"accuracy": -1.0}
+    fields = ("epochs", "batch", "lr", "weight_decay", "warmup", "clip", "precision", "head")
+    fields += ("smoothing", "mixup", "cutmix", "drop_path", "l2sp_form")
+    key = [start.state_dict(), data.train.fingerprint, data.val.fingerprint, name]
+    key += [clip.key, seed, [getattr(config, f) for f in fields]]
+    path = common.cache_path(config, f"best {name}", key)
+    if config.resume:
+        best |= common.read_cache(path) or {}
+
+    def probe(done):
+        if done == 0 or done % per_epoch:
+            return
+        right = [
+            (out[""][1].argmax(1) == y).double()
+            for _, y, out in common.forward(config, {"": model}, data.val, clip)
+        ]
+        accuracy = torch.cat(right).mean().item()
+        if accuracy > best["accuracy"]:  # of equals the earlier
+            state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            best.update(accuracy=accuracy, epoch=done // per_epoch, model=state)
+            common.try_write(path, lambda file: torch.save(best, file))
+
+    mix = mixing(config, len(data.classes))
+
+    def loss_of(images, labels):
+        images, targets = mix(images, labels)
+        return F.cross_entropy(model(images)[1], targets, label_smoothing=config.smoothing)
+
+    said = f"{name}, seed {seed}"
+    options = {"optimiser": optimiser, "loss_of": loss_of, "probe": probe}
+    common.fine_tune(config, said, model, data.train, clip, config.lr, seed, **options)
+    if "model" not in best:
+        raise common.InputError(f"{said}: trained, but {path} is gone; run again with --no-resume")
+    model.load_state_dict(best["model"])
+    share = f"{100 * best['accuracy']:.1f} % on ID val"
+    print(f"{said}: {share} after epoch {best['epoch']} of {config.epochs}")
+    return model.eval()
+
+
+def mixing(config, classes):
+    """(images, labels) -> mixed images, targets: Mixup or CutMix, whichever a coin says."""
+    from torchvision.transforms import v2
+
+    given = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in given if alpha]
+    return v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
+
+
+def add_drop_path(visual, rate):
+    """Stochastic depth on the residual branches, from 0 at the first block to `rate` at the last.
+
+    Differs (S5): it takes the place of open_clip's layer scale, which CLIP's own towers do not use.
+    """
+    if not rate:
+        return
+    from timm.layers import DropPath
+
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", [])
+    for i, block in enumerate(blocks):
+        for name in ("ls_1", "ls_2"):
+            if isinstance(getattr(block, name), torch.nn.Identity):
+                setattr(block, name, DropPath(rate * i / max(1, len(blocks) - 1)))
+    if not blocks:
+        print("drop-path: this image tower has no residual attention blocks; trained without")
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+def deviation(model, start):
+    """{parameter: ||theta_T - theta_0||}, in network order."""
+    start = dict(start.named_parameters())
+    return {
+        n: (p - start[n].to(p.device)).double().norm().item() for n, p in model.named_parameters()
+    }
+
+
+def evaluate(config, data, clip, start, model, row):
+    """Fill row with {"right": {split: bool [N]}}, "val" (accuracy) and "deviation" of a model."""
+    splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
+    right = {n: common.predict(config, {"": model}, s, clip)[""].right for n, s in splits.items()}
+    val = right.pop("val").double().mean().item()
+    layers = deviation(model, start)
+    return row | {"right": right, "val": val, "layers": layers, "ours": True}
+
+
+def by_val(rows, method, name):
+    """Rows named `name`: of every run of `method`, the strength that is best on ID val; of equals
+    the first, as strengths grow.
+    """
+    chosen = []
+    for seed in dict.fromkeys(r["seed"] for r in rows):
+        own = [r for r in rows if r["family"] == method and r["seed"] == seed]
+        best = max(own, key=lambda r: r["val"])
+        chosen.append({**best, "method": name, "choice": best["strength"]})
+    return chosen
+
+
+def total(row):
+    return math.sqrt(sum(x * x for x in row["layers"].values()))
+
+
+def print_table(config, rows, chosen):
+    """Accuracies of all runs, then of the strengths that ID val chose; and the deviation."""
+    splits, lines = list(rows[0]["right"]), []
+    for method in dict.fromkeys(r["method"] for r in (*rows, *chosen)):
+        own = [r for r in (*rows, *chosen) if r["method"] == method]
+        mean = common.accuracies(own, method)
+        numbers = [f"{x:.1f}" for x in (*mean.values(), common.mean_shift(mean))]
+        picked = " ".join(dict.fromkeys(f"{r['choice']:g}" for r in own if r["choice"]))
+        lines.append([method, *numbers, f"{np.mean([total(r) for r in own]):.2f}", picked])
+    runs = f"mean of {config.seeds} run{'s' * (config.seeds > 1)}"
+    title = f"accuracy in %, {runs}; deviation ||theta_T - theta_0||; strength chosen on ID val"
+    header = ["method", *splits, "avg shift", "deviation", "chosen"]
+    print("\n" + common.table(header, lines, title))
+    if config.model.startswith("ViT-B"):
+        print("The paper's own tables are not available to us, but for its best ImageNet accuracy.")
+
+
+def figure(config, rows):
+    """ID and shift accuracy over the strengths (Tab. 2 as a curve); deviation by layer."""
+    fig, ((left, right),) = common.new_figure(columns=2)
+    numbers = []
+    for family, colour in zip(FAMILIES, ("0.4", "tab:blue", "tab:pink", "tab:orange"), strict=True):
+        names = dict.fromkeys(r["method"] for r in rows if r["family"] == family)
+        points = []
+        for name in names:
+            mean = common.accuracies(rows, name)
+            points.append((next(iter(mean.values())), common.mean_shift(mean)))
+            strength = next(r["strength"] for r in rows if r["method"] == name)
+            numbers.append(("a", name, *points[-1]))
+            if strength is not None:
+                where = {"textcoords": "offset points", "fontsize": 7, "color": colour}
+                left.annotate(f"{strength:g}", points[-1], (4, 3), **where)
+        if points:
+            left.plot(*zip(*points, strict=True), "o-", ms=4, color=colour, label=family)
+        one = [r["layers"] for r in rows if r["method"] in (family, f"{family} 1", f"{family} 10")]
+        if one and family != "Zero-shot":
+            layers = {n: np.mean([x[n] for x in one]) for n in one[0] if n.endswith("weight")}
+            name = next(n for n in (f"{family} 10", f"{family} 1", family) if n in names)
+            right.plot(list(layers.values()), "o-", ms=3, color=colour, label=name)
+            numbers += [("b", f"{name}: {n}", i, x) for i, (n, x) in enumerate(layers.items())]
+    left.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
+    left.set_title("by strength")
+    right.set(xlabel="weight tensor, in network order", ylabel="deviation")
+    right.set_title("how far each tensor went")
+    left.legend()
+    right.legend()
+    common.save_figure(fig, f"{config.out}/figures/spd", ["panel", "series", "x", "y"], numbers)
+
+
+def summary(rows):
+    """Three sentences on the table, computed from it."""
+    say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
+    methods = dict.fromkeys(r["method"] for r in rows)
+    ours = "Adam-SPD, by ID val"
+    if ours not in methods or "AdamW" not in methods:
+        return
+    own, shift = common.gain(rows, "AdamW", "Zero-shot")
+    print(f"\n1. AdamW less zero-shot: {say(*own)} points on ID, {say(*shift)} in the mean under")
+    print("   shift (95 % intervals, runs and images resampled).")
+    own, shift = common.gain(rows, ours, "AdamW")
+    print(f"2. Adam-SPD, its strength chosen on ID val, less AdamW: {say(*own)} on ID,")
+    print(f"   {say(*shift)} under shift.")
+    if "L2-SP, by ID val" in methods:
+        own, shift = common.gain(rows, ours, "L2-SP, by ID val")
+        print(f"3. Less L2-SP, chosen the same way: {say(*own)} on ID, {say(*shift)} under shift.")
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    config, data = common.begin(Config, argv, __doc__, PRESETS)
+    plan = recipes(config)
+    clip, zero_shot = common.zero_shot(config, data)
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        row = {"method": "Zero-shot", "family": "Zero-shot", "strength": None, "choice": None}
+        rows.append(evaluate(config, data, clip, zero_shot, zero_shot, row | {"seed": seed}))
+        for name, (family, strength, make) in plan.items():
+            model = train(config, name, data, clip, zero_shot, make, seed)
+            row = {"method": name, "family": family, "strength": strength, "choice": None}
+            rows.append(evaluate(config, data, clip, zero_shot, model, row | {"seed": seed}))
+    chosen = []
+    for family in ("L2-SP", "Adam-SPD"):
+        if any(r["family"] == family for r in rows):
+            chosen += by_val(rows, family, f"{family}, by ID val")
+    common.write_results(config, zero_shot.head.weight.device, rows + chosen)
+    print_table(config, rows, chosen)
+    if data.shifts:
+        figure(config, rows)
+        summary(rows + chosen)
+    return rows + chosen
+
+
+if __name__ == "__main__":
+    common.run(main)

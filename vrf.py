@@ -58,8 +58,6 @@ AB_PAPER = {  # Table 7
 }
 PRESETS = {  # scaled to 3,000 images, rates by ID val (data/README.md); LC has the paper's
     "digits": {
-        "model": "tiny_clip",
-        "weights": str(common.EMBEDDED / "tiny_clip.npz"),
         "epochs": 8,
         "batch": 64,
         "lr": 2e-4,

@@ -1,0 +1,5 @@
+"""Two worker processes (pyproject.toml) with one thread each beat two threads on small tensors."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
