@@ -76,7 +76,7 @@ class Config:
     trust_checkpoint: bool = arg(False, "let weight files that need it run code")
     methods: str = arg("AdamW,L2-SP,Adam-SPD", "what to train, comma-separated")
     spd_lambda: str = arg("0.25,0.5,1,2", "strengths of Adam-SPD; Tab. 1 has 1")
-    l2sp: str = arg("1,10,100", "strengths of L2-SP; ours")
+    l2sp: str = arg("10,30,100", "strengths of L2-SP; ours")
     l2sp_form: str = arg("decoupled", "in the step or in the loss (S4)", "decoupled coupled")
     head: str = arg("pretrained", "anchor of the classifier (S2)", "pretrained none")
     epochs: int = arg(30, "paper: 30 or 60 on DomainNet")

@@ -1,6 +1,7 @@
 """common.py: command line, CLIP files, training and its resumption, prediction caches, metrics."""
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -698,3 +699,83 @@ def test_fit_works_outside_the_main_thread(tmp_path):
     worker.start()
     worker.join()
     assert len(result) == 1
+
+
+def linear_clip():
+    return common.Clip(None, None, "linear", False, 32, (0.5,) * 3, (0.5,) * 3)
+
+
+def linear_model(seed=0):
+    torch.manual_seed(seed)
+    visual = nn.Sequential(nn.Flatten(), nn.Linear(3072, 16))
+    return common.Classifier(visual, torch.randn(10, 16))
+
+
+def test_fine_tuning_sees_crops_and_not_the_test_transform(tmp_path):
+    config, split, clip, seen = tiny_config(tmp_path), random_split(16), linear_clip(), []
+    model = linear_model()
+
+    def loss_of(images, labels):
+        seen.append(images.clone())
+        return F.cross_entropy(model(images)[1], labels)
+
+    common.fine_tune(config, "run", model, split, clip, 1e-3, 0, loss_of=loss_of)
+    plain = common.eval_transform(32, clip.mean, clip.std)
+    plain = torch.stack([plain(common.read_rgb(image)) for image in split.images])
+    distance = torch.cdist(torch.cat(seen).flatten(1), plain.flatten(1))
+    assert len(distance) == 32 and (distance.amin(1) > 0.1).sum() > 24
+
+
+@pytest.mark.parametrize(
+    ("changed", "moves"),
+    [
+        ({}, True),
+        ({"clip": 1e-13}, False),
+        ({"warmup": 10**9}, False),
+        ({"weight_decay": 0.0}, True),
+    ],
+)
+def test_recipes_numbers_reach_the_optimiser(tmp_path, changed, moves):
+    values = {"weight_decay": 0.0, "clip": 1.0, "warmup": 1} | changed
+    config, model = tiny_config(tmp_path, epochs=1, **values), linear_model()
+    start = model.head.weight.detach().clone()
+    common.linear_probe(config, "LC", model, random_split(16), linear_clip(), 0.1, 0)
+    assert ((model.head.weight - start).abs().max() > 1e-3) == moves
+
+
+def test_weight_decay_shrinks_the_head(tmp_path):
+    norms = []
+    for decay in (0.0, 5.0):
+        config, model = (
+            tiny_config(tmp_path, epochs=1, weight_decay=decay, warmup=1),
+            linear_model(),
+        )
+        common.linear_probe(config, "LC", model, random_split(16), linear_clip(), 0.1, 0)
+        norms.append(model.head.weight.norm())
+    assert norms[1] < 0.7 * norms[0]
+
+
+def test_frozen_features_and_heads_are_cached_by_weights_images_and_names(tmp_path):
+    config, clip = tiny_config(tmp_path), linear_clip()
+    first, second = (linear_model(seed) for seed in (0, 1))
+    one, two = random_split(8), random_split(8, seed=1)
+    x = common.frozen_features(config, first, one, clip)[0]
+    assert torch.equal(x, common.frozen_features(config, first, one, clip)[0])
+    assert not torch.equal(x, common.frozen_features(config, second, one, clip)[0])
+    assert not torch.equal(x, common.frozen_features(config, first, two, clip)[0])
+    heads = []
+    for seed, names, prompt in ((0, "one two", "a {}"), (1, "one two", "a {}"),
+                                (0, "one six", "a {}"), (0, "one two", "no {}")):  # fmt: skip
+        given = dataclasses.replace(config, seed=seed)  # random weights: a seed is a model
+        data = common.Data("folder", names.split(), [prompt], one, one, one, [], [])
+        heads.append(common.zero_shot(given, data)[1].head.weight)
+    assert len({common.hash_of(h.detach()) for h in heads}) == 4
+    again = common.zero_shot(config, dataclasses.replace(data, templates=["no {}"]))[1].head.weight
+    assert torch.equal(again, heads[-1])
+
+
+def test_the_model_a_user_names_gets_the_digits_recipe_and_not_their_weights():
+    for words, model, weights in (([], "tiny_clip", True), (["--model", "RN50"], "RN50", False)):
+        config, data = common.begin(vrf.Config, words, None, vrf.PRESETS)
+        assert (config.model, bool(config.weights)) == (model, weights)
+        assert config.epochs == 8 and data.kind == "digits"

@@ -1,8 +1,11 @@
 """vrf.py against worked numbers, its equations' properties, and the paper's printed tables."""
 
+import copy
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -361,3 +364,45 @@ def test_no_distance_is_finite_and_no_window_without_failures():
     assert vrf.windows(torch.full((5,), math.inf)) == []
     narrow, wide = vrf.windows(torch.linspace(0, 0.08, 99)), vrf.windows(torch.linspace(0, 3, 99))
     assert wide[0][2] - wide[0][0] == pytest.approx(0.2) and len(narrow) >= 8
+
+
+def test_windows_cover_the_bulk_of_the_distances():
+    d = np.linspace(0, 10, 1001)
+    found = vrf.windows(d)
+    assert found[0] == pytest.approx((0.0, 0.1, 0.2)) and found[-1][1] == pytest.approx(9.9)
+    narrow = vrf.windows(d / 100)  # eight windows even then
+    assert len(narrow) == 9 and narrow[1][1] - narrow[0][1] == pytest.approx(0.098 / 8)
+
+
+def test_the_scale_of_stored_features_changes_nothing():
+    rng = torch.Generator().manual_seed(0)
+    zs, ft, labels = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 1]), torch.tensor([1, 1, 0])
+    x = torch.randn(2, 5, generator=rng)  # of the samples that ZS gets wrong: the first, the last
+    scan = {"labels": labels, "zs": zs, "ft": ft, "features/ft": x, "features/zs": -x}
+    V, k = vrf.failure_features(config(), scan, "FT")
+    torch.testing.assert_close(V, F.normalize(x[:1], dim=1))
+    scaled, _ = vrf.failure_features(config(), scan | {"features/ft": 8 * x}, "FT")
+    assert k == 1 and torch.equal(V, scaled)
+    torch.testing.assert_close(vrf.failure_features(config(features="zs"), scan, "FT")[0], -V)
+
+
+def test_weight_space_takes_the_alpha_of_id_val_and_mixes_that_way_round(tmp_path):
+    torch.manual_seed(0)
+    toy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    clip = common.Clip(None, None, "toy", False, 2, (0.5,) * 3, (0.25,) * 3)
+    models = {m: common.Classifier(copy.deepcopy(toy), torch.randn(5, 8)) for m in ("ZS", "FT")}
+    images = np.random.default_rng(0).integers(0, 256, (200, 2, 2, 3), dtype=np.uint8)
+    given, splits = config(out=str(tmp_path), device="cpu"), []
+    for name, whose in (("val", "FT"), ("test", "ZS")):  # whose answers are called right
+        split = common.Split(name, "memory", images, torch.zeros(200).long())
+        split.labels = common.predict(given, models, split, clip)[whose].logits.argmax(1)
+        splits.append(dataclasses.replace(split))
+    val, test = splits
+    data = common.Data("folder", list("abcde"), ["{}"], None, val, test, [], [])
+    study = vrf.collect(given, data, clip, models)
+    alpha, right = vrf.weight_space(given, data, clip, study, "FT")
+    assert alpha > 0.5
+    mixed = copy.deepcopy(models["ZS"])
+    mixed.load_state_dict(vrf.wse(*(models[m].state_dict() for m in ("ZS", "FT")), alpha))
+    assert torch.equal(right["test"], common.predict(given, {"": mixed}, test, clip)[""].right)
+    assert 0.2 < right["test"].double().mean() < 1

@@ -1,5 +1,6 @@
 """studies/vrf_ablations.py: its equations by hand, and every ablation once on the digits."""
 
+import copy
 import sys
 
 import numpy as np
@@ -124,3 +125,24 @@ def test_a_sweeps_ends_are_zero_shot_and_fine_tuned(setting, capsys):
 def test_an_unknown_ablation_gets_the_nearest_name():
     with pytest.raises(common.InputError, match="did you mean 'selective'"):
         ablations.main(["selectiv"])
+
+
+def test_g_star_is_one_where_only_zero_shot_varies(setting, capsys):
+    n, labels = 200, torch.arange(200) % 2
+    zs = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    ft = 50.0 * F.one_hot(labels, 2)
+    pair = vrf.Pair(zs, ft, (1.0, 1.0), torch.linspace(0, 1, n), labels)
+    s = copy.copy(setting)
+    s.pairs = {"val": pair, "test": pair}
+    ablations.g_star(s)
+    rows = [x.split() for x in capsys.readouterr().out.splitlines() if x[:2] == "0."]
+    assert rows and all(r[1] == "1.000" for r in rows)
+
+
+def test_relative_mahalanobis_is_class_distance_against_background(setting):
+    x, y = ablations.train_features(setting)
+    v = F.normalize(setting.study.predictions["val"]["E2E-FT"].features, dim=1)
+    expected = ablations.mahalanobis(x, 0 * y)(v) - ablations.mahalanobis(x, y)(v)
+    torch.testing.assert_close(
+        ablations.detectors(setting)["Relative Mahalanobis"]("val"), expected
+    )
