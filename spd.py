@@ -355,6 +355,10 @@ class AdamSPD(torch.optim.Optimizer):
                     )
                 state["anchor"] = mine[p]
 
+    def __getstate__(self):  # of copy and pickle
+        own = ("fused", "capturable", "save_anchors", "stats")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:  # of a file from before these options
@@ -493,7 +497,8 @@ def add_drop_path(visual, rate):
     for i, block in enumerate(blocks):
         for name in ("ls_1", "ls_2"):
             if isinstance(getattr(block, name), torch.nn.Identity):
-                setattr(block, name, DropPath(rate * i / max(1, len(blocks) - 1)))
+                path = DropPath(rate * i / max(1, len(blocks) - 1)).train(block.training)
+                setattr(block, name, path)
     if not blocks:
         print("drop-path: this image tower has no residual attention blocks; trained without")
 
