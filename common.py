@@ -720,10 +720,13 @@ def restore(path, module, optimiser, scaler, steps, name):
     return saved["step"]
 
 
-def fine_tune(config, name, model, split, clip, lr, seed, optimiser=None, loss_of=None, probe=None):
+def fine_tune(
+    config, name, model, split, clip, lr, seed, optimiser=None, loss_of=None, probe=None, also=None
+):
     """Train a Classifier on augmented images, by the fields of a Config.
 
-    AdamW or `optimiser`; loss_of(images, labels) or cross-entropy; `probe`: see `fit`.
+    AdamW or `optimiser`; loss_of(images, labels) or cross-entropy; `probe`: see `fit`. `also`:
+    {field: value} of what shapes the run besides the fields that all scripts have.
     """
     transform, n = train_transform(clip.size, clip.mean, clip.std), len(split.labels)
 
@@ -735,7 +738,7 @@ def fine_tune(config, name, model, split, clip, lr, seed, optimiser=None, loss_o
         return loss_of(*batch[:2]) if loss_of else F.cross_entropy(model(batch[0])[1], batch[1])
 
     args = config, name, model, model, loss_fn, batches_from, n, split, clip, lr, seed
-    train_by(*args, optimiser, probe)
+    train_by(*args, optimiser, probe, also)
 
 
 def linear_probe(config, name, model, split, clip, lr, seed):
@@ -772,15 +775,17 @@ def train_by(
     seed,
     optimiser=None,
     probe=None,
+    also=None,
 ):
     """`fit` with AdamW; the checkpoint's name is a hash of start, data and every number used."""
     fields = ("epochs", "batch", "weight_decay", "warmup", "clip", "precision")
     said = {k: getattr(config, k) for k in fields} | {"name": name, "lr": lr, "seed": seed}
-    said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu, "images": n}
+    said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu, "images": n, **(also or {})}
     if optimiser is None:
         optimiser = torch.optim.AdamW(part.parameters(), lr=lr, weight_decay=config.weight_decay)
     else:
-        said["optimiser"] = type(optimiser).__name__ + str(sorted(optimiser.defaults.items()))
+        groups = [g | {"params": len(g["params"])} for g in optimiser.param_groups]
+        said["optimiser"] = f"{type(optimiser).__name__} {groups}"
     key = hash_of(model.state_dict(), split.fingerprint, clip.key, said)
     set_seed(seed)
     fit(

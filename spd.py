@@ -440,7 +440,8 @@ def train(config, name, data, clip, start, make, seed):
     fields = ("epochs", "batch", "lr", "weight_decay", "warmup", "clip", "precision", "head")
     fields += ("smoothing", "mixup", "cutmix", "drop_path", "l2sp_form")
     key = [start.state_dict(), data.train.fingerprint, data.val.fingerprint, name]
-    key += [clip.key, seed, [getattr(config, f) for f in fields]]
+    recipe = {f: getattr(config, f) for f in fields}
+    key += [clip.key, seed, recipe]
     path = common.cache_path(config, f"best {name}", key)
     if config.resume:
         best |= common.read_cache(path) or {}
@@ -465,7 +466,7 @@ def train(config, name, data, clip, start, make, seed):
         return F.cross_entropy(model(images)[1], targets, label_smoothing=config.smoothing)
 
     said = f"{name}, seed {seed}"
-    options = {"optimiser": optimiser, "loss_of": loss_of, "probe": probe}
+    options = {"optimiser": optimiser, "loss_of": loss_of, "probe": probe, "also": recipe}
     common.fine_tune(config, said, model, data.train, clip, config.lr, seed, **options)
     if "model" not in best:
         raise common.InputError(f"{said}: trained, but {path} is gone; run again with --no-resume")
