@@ -273,19 +273,24 @@ def test_models_trained_together_equal_the_same_models_trained_alone(layer, stud
     assert not torch.equal(together[0][0], together[0][1])
 
 
-def test_ten_steps_of_one_model_are_those_of_a_plain_loop():
-    given = config("--train", "50", "--batch", "10", "--lambda-oc", "0.3")
+@pytest.mark.parametrize("student", [False, True])
+def test_ten_steps_of_one_model_are_those_of_a_plain_loop(student):
+    given = config("--train", "50", "--batch", "10", "--lambda-oc", "0.3", "--lambda-sd", "2")
     x, y = gaussians.training_sets(given, [7])
-    found = gaussians.fit(given, "projection", x, y, [7])
-    p = gaussians.start(given, gaussians.generator(given, "start", 7))
+    teacher = 3 * torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
+    found = gaussians.fit(given, "projection", x, y, [7], teacher if student else None)
+    who = "student's " if student else ""
+    p = gaussians.start(given, gaussians.generator(given, who + "start", 7))
     p = [torch.tensor(v, dtype=torch.float32, requires_grad=True) for v in p]
-    optimiser, rng = torch.optim.Adam(p, lr=1e-3), gaussians.generator(given, "order", 7)
+    optimiser, rng = torch.optim.Adam(p, lr=1e-3), gaussians.generator(given, who + "order", 7)
     for _ in range(2):
         for index in np.split(rng.permutation(50), 5):
             hidden = (x[0, index] @ p[0] + p[1]).relu()
             logits = (hidden @ p[2] + p[3]).relu() @ p[4] + p[5]
             excess = p[2].T @ p[2] - torch.eye(3)
             loss = F.cross_entropy(logits, y[0, index]) + 0.3 * (excess**2).sum()
+            if student:  # cross-entropy to soft labels has the gradient of the KL divergence
+                loss = loss + 2 * F.cross_entropy(logits, teacher[0, index].softmax(1))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -400,6 +405,21 @@ def test_another_measure_trains_nothing(first, monkeypatch):
     assert (other["OC"]["OOD eps"] != found["OC"]["OOD eps"]).all()
     (hidden, _), _ = run("--at-once", 3, "--out", out, "--measured", "hidden")
     assert (hidden["OC"]["d / sigma_min"] >= 8).all()
+
+
+def test_students_learn_from_their_own_teachers_logits_on_the_training_data(tmp_path, monkeypatch):
+    fit, logits, teachers = gaussians.fit, [], []
+
+    def spy(config, layer, x, y, numbers, teacher=None):
+        p = fit(config, layer, x, y, numbers, teacher)
+        logits.append(gaussians.forward(p, x)[2])
+        teachers.append(teacher)
+        return p
+
+    monkeypatch.setattr(gaussians, "fit", spy)
+    run("--at-once", 4, "--out", tmp_path)  # none, OC, SD, OC+SD, OC on head
+    assert [t is None for t in teachers] == [True, True, False, False, True]
+    assert torch.equal(teachers[2], logits[0]) and torch.equal(teachers[3], logits[1])
 
 
 def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(first, tmp_path, monkeypatch):
