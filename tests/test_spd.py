@@ -540,3 +540,11 @@ def test_the_best_epoch_on_id_val_is_kept_and_not_the_last(tmp_path):
     found = common.predict(config, models, data.val, clip)
     share = {m: p.right.double().mean().item() for m, p in found.items()}
     assert share["best"] >= share["last"] and not equal(best.parameters(), last.parameters())
+
+
+def test_another_head_or_loss_is_another_checkpoint(tmp_path):
+    words = ["--data", make_tree(tmp_path / "tree"), "--out", tmp_path / "out", *TINY]
+    words += "--methods Adam-SPD --spd-lambda 1 --epochs 1 --mixup 0 --cutmix 0".split()
+    for i, extra in enumerate(([], ["--head", "none"], ["--smoothing", "0"]), 1):
+        spd.main([str(w) for w in (*words, *extra)])
+        assert len(list((tmp_path / "out").glob("checkpoints/adam-spd-1-*.pt"))) == i
