@@ -15,7 +15,7 @@ the mix of least variance asks for. Two forward passes and a k-NN search; nothin
               Eq. 6   weight of FT              weight
     Sec. 5.3, App. B  ablations, g* (Eq. 15)    studies/vrf_ablations.py
 
-    python vrf.py                   # embedded digits, 2 minutes; E2E-FT +VRF: ID 95, shifts 76
+    python vrf.py                   # embedded digits, 1.5 minutes; VRF: ID 95, shifts 72 to 78
     python vrf.py --data /imagenet  # CLIP ViT-B/16; not measured by us; paper: 82.3 ID, 61.8 OOD
 
 Differs from the paper (P) or the authors' code (C); the README has the reasons under the same IDs:
