@@ -174,6 +174,10 @@ def test_half_precision_inputs_give_the_loss_of_their_values(dtype, digits):
     got = carot.total(logits.to(dtype), W, W, teacher.to(dtype), cross=0.05)
     expected = carot.total(exact, W.double(), W.double(), teacher, cross=0.05)
     assert got.dtype == torch.float32 and got.isfinite()
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-4)  # no rounding to half
+    alone = [carot.contrastive(logits.to(dtype)), carot.orthogonality(W), carot.cross_fnorm(W, W)]
+    alone.append(carot.self_distillation(logits.to(dtype), teacher.to(dtype)))
+    assert {x.dtype for x in alone} == {torch.float32}
     torch.testing.assert_close(got.double(), expected, rtol=digits, atol=0)
 
 
@@ -319,9 +323,12 @@ def test_the_teacher_is_not_asked_in_step_0_and_gets_no_gradient(clip, tmp_path,
         return real(model, *args)
 
     monkeypatch.setattr(carot, "encode", watched)
+    product, scales = carot.similarity, []
+    monkeypatch.setattr(carot, "similarity", lambda f, g, s: scales.append(+s) or product(f, g, s))
     module = carot.fine_tune(small_config(tmp_path), "CaRot", clip, digits(), 0, **CAROT)
     s, t = (module.student, True), (module.teacher, False)
     assert asked == [s] + [s, t] * 5
+    assert scales[-1].item() != scales[-2].item()  # each its own
     assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
     scales = {float(x.logit_scale.detach()) for x in (module.student, module.teacher, clip.model)}
     assert len(scales) == 3 and not module.teacher.training
@@ -339,13 +346,42 @@ def test_the_teacher_is_updated_after_the_optimisers_steps_0_2_4(clip, tmp_path,
     assert not torch.equal(theta, start)
 
 
+def test_recipes_start_where_they_should_with_their_own_rates_and_clipping(
+    clip, tmp_path, monkeypatch
+):
+    calls, real = [], common.train_by
+
+    def record(config, name, model, part, loss_fn, batches, n, split, clip, lr, *rest, **options):
+        calls.append((name, config.clip, lr))
+        return real(
+            config, name, model, part, loss_fn, batches, n, split, clip, lr, *rest, **options
+        )
+
+    monkeypatch.setattr(common, "train_by", record)
+    rates = {"lr": 1e-6, "lr_ft": 2e-6, "lr_lpft": 3e-6, "lr_lp": 0.4}
+    config, data = small_config(tmp_path, epochs=1, batch=20, **rates), digits()
+    zero_shot = common.classifier(config, data, clip, torch.device("cpu"))
+    models = carot.train_models(config, data, clip, zero_shot, 7)
+    assert calls == [
+        ("LP, seed 7", 1.0, 0.4),
+        ("FT, seed 7", 1.0, 2e-6),
+        ("LP-FT, seed 7", 1.0, 3e-6),
+        ("FLYP, seed 7", 0.0, 1e-6),
+        ("CaRot, seed 7", 0.0, 1e-6),
+    ]
+    assert list(models) == ["ZS", "FT", "LP-FT", "FLYP", "CaRot"]
+    gap = {m: (models[m].head.weight - zero_shot.head.weight).abs().max() for m in models}
+    assert gap["LP-FT"] > 0.1 > gap["FT"]  # LP-FT starts from the probe's head
+
+
 def test_there_are_51_updates_at_the_published_size(clip, tmp_path, monkeypatch):
     at = []
 
     def no_training(*args, probe, **options):
-        for done in [*range(STEPS + 1), STEPS]:  # common.fit begins with 0, or where it resumes
+        for done in range(STEPS + 1):
             before = len(momenta)
             probe(done)
+            probe(done)  # as after a resumption
             at.extend([done - 1] * (len(momenta) - before))
 
     momenta = []
