@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_end_to_end import make_imagenet
 
 import carot
 import common
@@ -787,9 +788,8 @@ def test_defaults_are_the_papers_and_its_commands():
 # end to end
 
 
-def test_two_epochs_of_digits_print_every_table_and_vrf_takes_the_model(tmp_path, capsys):
-    """Accuracy, ECE, all measures, three sentences, figure; then VRF on top of CaRot."""
-    words = ["--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
+def test_an_epoch_of_digits_prints_every_table_and_vrf_takes_the_model(tmp_path, capsys):
+    words = "--epochs 1 --batch 128 --warmup 4 --device cpu --out".split() + [str(tmp_path)]
     rows = carot.main([*words, "--methods", "FLYP,CaRot"])
     text = capsys.readouterr().out
     for title in ("accuracy in %", "ECE over each whole set", "every measure on ID"):
@@ -809,11 +809,34 @@ def test_two_epochs_of_digits_print_every_table_and_vrf_takes_the_model(tmp_path
     assert float(point["y"]) == pytest.approx(common.mean_shift(acc["CaRot"]))
     assert Image.open(tmp_path / "figures/carot.png").width > 1000
     model = str(tmp_path / "models/carot-0.pt")
-    tuned = vrf.main(["--finetuned", model, "--device", "cpu", "--out", str(tmp_path / "vrf")])
-    (same,) = [r for r in tuned if r["method"] == "Fine-tuned"]
-    for s, right in by["CaRot"]["right"].items():
-        assert torch.equal(same["right"][s], right)
-    assert "Fine-tuned +VRF" in capsys.readouterr().out
+    config, data, clip, zero_shot = vrf.prepare(["--finetuned", model, "--out", str(tmp_path)])
+    tuned = common.load_finetuned(config, data, clip, zero_shot)
+    found = common.predict(config, {"": tuned}, data.shifts[0], clip)[""]
+    assert torch.equal(found.right, by["CaRot"]["right"][data.shifts[0].name])
+    assert not torch.equal(found.right, by["ZS"]["right"][data.shifts[0].name])
+
+
+def test_an_imagenet_run_has_the_papers_tables_beside_its_own(capsys):
+    rows, data = made_rows(0.0, 0.1), digits()
+    data.kind = "imagenet"
+    for model, names in (("ViT-B-16", "Table 2|Table 3"), ("RN50", "7 and H"), ("x", "")):
+        carot.print_tables(carot.Config(model=model), data, rows)
+        text = capsys.readouterr().out
+        assert "ECE, mean over batches of 512 (T7)" in text
+        assert len(re.findall(r"^paper, .*(accuracy|ECE)", text, re.MULTILINE)) == 2 * bool(names)
+        assert all(n in text for n in names.split("|"))
+        assert ("62.55" in text and "0.0791" in text) == (model == "ViT-B-16")
+
+
+def test_an_imagenet_tree_is_trained_on_with_its_80_templates(tmp_path, capsys):
+    tree, out = make_imagenet(tmp_path / "tree"), str(tmp_path / "out")
+    words = "--model tiny_clip --pretrained random --epochs 1 --batch 4 --micro-batch 3 --warmup 1"
+    words = [*words.split(), "--methods", "CaRot", "--teacher", "--ema-every", "1", "--out", out]
+    rows = carot.main(["--data", str(tree), *words, "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "zero-shot head: 3 names x 80 prompts" in text and "CaRot teacher" in text
+    sets = ["test", "ImageNet-V2", "ImageNet-Sketch", "ImageNet-A", "ImageNet-R", "ObjectNet"]
+    assert list(rows[0]["right"]) == sets and "mean over batches of 512" in text
 
 
 def test_a_zero_period_of_the_teacher_and_an_unknown_method_are_refused():
