@@ -520,6 +520,16 @@ def test_training_in_pieces_gives_the_same_model(clip, tmp_path):
     assert not torch.equal(whole.student.visual.proj, clip.model.visual.proj)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_training_in_pieces_follows_fp32(precision, clip, tmp_path):
+    moved = []
+    for name, options in (("fp32", {}), (precision, {"micro_batch": 6})):
+        config = small_config(tmp_path / name, epochs=1, batch=20, precision=name, **options)
+        module = carot.fine_tune(config, "CaRot", clip, digits(), 0, **CAROT)
+        moved.append(module.student.visual.proj.detach() - clip.model.visual.proj.detach())
+    assert F.cosine_similarity(*map(torch.flatten, moved), dim=0) > 0.95  # Adam's step: its sign
+
+
 # the sampler
 
 
