@@ -330,10 +330,15 @@ def zero_shot(config, data):
     device = pick_device(config.device)
     set_seed(config.seed)  # matters for --pretrained random only
     clip = load_clip(config)
+    return clip, classifier(config, data, clip, device)
+
+
+def classifier(config, data, clip, device):
+    """Classifier of a CLIP: its image tower, and the head that its text tower makes (cached)."""
     args = clip, data.classes, data.templates, device
     key = [clip.model.state_dict(), clip.key, *args[1:3]]  # 80,000 prompts: hours on a CPU
     kept = cached(config, "head", key, lambda: {"head": zero_shot_head(*args).cpu()})
-    return clip, Classifier(clip.model.visual, kept["head"]).to(device)
+    return Classifier(clip.model.visual, kept["head"]).to(device)
 
 
 @torch.no_grad()
@@ -777,7 +782,10 @@ def train_by(
     probe=None,
     also=None,
 ):
-    """`fit` with AdamW; the checkpoint's name is a hash of start, data and every number used."""
+    """`fit` with AdamW; the checkpoint's name is a hash of start, data and every number used.
+
+    also: further numbers and strings that shape the result.
+    """
     fields = ("epochs", "batch", "weight_decay", "warmup", "clip", "precision")
     said = {k: getattr(config, k) for k in fields} | {"name": name, "lr": lr, "seed": seed}
     said |= {"architecture": clip.name, "quick_gelu": clip.quick_gelu, "images": n, **(also or {})}

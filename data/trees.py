@@ -41,6 +41,10 @@ IMAGENET_SHIFTS = {
     "ObjectNet": (["objectnet-1.0", "objectnet"], "images", 18_574),
 }
 OBJECTNET_COUNTS = (18_574, 18_514)  # both are in print for the 113 shared classes; either passes
+CORRUPTIONS = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur
+    zoom_blur snow frost fog brightness contrast elastic_transform pixelate jpeg_compression"""
+CORRUPTIONS = CORRUPTIONS.split()  # ImageNet-C's 15
+EXTRA_CORRUPTIONS = "gaussian_blur saturate spatter speckle_noise".split()  # not in its means
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 STL10 = "airplane bird automobile cat deer dog horse monkey ship truck".split()  # "car" there
 
@@ -152,6 +156,37 @@ def objectnet_map(path):
             f"The files in {folder} do not belong together: no line for the label {error}. Take "
             "all four from one objectnet-1.0.zip."
         ) from None
+
+
+def imagenet_c(root):
+    """Yield (corruption, severity, Split) of ImageNet-C, in the tree or beside it: 15 corruptions
+    and what there is of the extra four, severities 1 to 5, <corruption>/<severity>/<wnid>/.
+
+    One at a time: a full set has 50,000 names. The downloads' own folders (blur/defocus_blur ...)
+    may be between. Raises InputError for a set that is missing.
+    """
+    root, names = existing_folder(str(root)), [*CORRUPTIONS, *EXTRA_CORRUPTIONS]
+    base, wnids = tree_with_train(root), imagenet_wnids()
+    rank = {w: r for r, w in enumerate(w for w in wnids if (base / "train" / w).is_dir())}
+    kinds = ("noise", "blur", "weather", "digital", "extra")
+    folder = locate((base, root, base.parent), ["imagenet-c"], "|".join([*names, *kinds]))
+    if folder is None:
+        raise common.InputError(f"{base} has no imagenet-c/, there or beside it: add it.")
+    for name in names:
+        places = [folder / name, *(folder / kind / name for kind in kinds)]
+        place = next(filter(Path.is_dir, places), None)
+        if place is None:
+            if name in CORRUPTIONS:
+                raise common.InputError(f"{folder} has no {name}/; it holds {listing(folder)}.")
+            continue
+        for severity in range(1, 6):
+            path = place / str(severity)
+            if not path.is_dir():
+                raise common.InputError(f"{place} has no {severity}/; it holds {listing(place)}.")
+            ids = {wnid: [rank[wnid]] for wnid in subfolders(path) if wnid in rank}
+            expected = 50_000 if len(rank) == 1000 else None
+            split = class_folders(f"{name} {severity}", path, ids, expected=expected)
+            yield name, severity, split
 
 
 def open_cifar10(batches):
