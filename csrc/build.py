@@ -119,7 +119,7 @@ def build(folder, toolkit=None):
             return module, None
         from torch.utils import cpp_extension
 
-        # torch's own lock is a plain file; one left by a killed build would be waited for forever
+        # in older PyTorch the mere file is a lock: one left by a killed build is waited for forever
         (folder / "lock").unlink(missing_ok=True)
         start = time.perf_counter()
         sources = sorted(CSRC.glob("*.cpp"))

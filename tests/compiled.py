@@ -24,7 +24,7 @@ from csrc import build
 folder = build.build_folder({toolkit!r})
 print("imported, built nothing:", not folder.exists())
 folder.mkdir(parents=True)
-(folder / "lock").touch()  # with torch's own lock file in place, its load() would wait for ever
+(folder / "lock").touch()  # with this in place, the load() of older PyTorch waits for ever
 kernels = common.kernels()
 queries, reference = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
 print("distance", kernels and kernels.knn_kth_distance(queries, reference, 1).item())

@@ -125,6 +125,24 @@ def test_rows_that_bf16_rounding_cannot_tell_apart_or_reorders(knn):
     assert_exact(knn, queries, reference, 1, 50, 1500, 3000, 3001, 5999)
 
 
+def test_order_that_the_querys_rounding_alone_turns_round(knn):
+    # rows a s are bf16 numbers with mean zero; x = 1.5 + d s loses d s, and with it s.x: by the
+    # rounded scores a = 0 is the nearest, in truth a = d
+    sign, d = torch.tensor([1.0, -1.0]).repeat(128), 2**-8 - 2**-16
+    queries = torch.stack([1.5 + d * sign, 1.5 - d * sign, 3 + 2 * d * sign])
+    reference = torch.arange(-128, 129)[:, None] * 2**-14 * sign
+    assert_exact(knn, queries, reference, 1, 2, 5, 100, 257)
+
+
+def test_order_that_the_references_rounding_alone_makes(knn):
+    # all rows round to 1.5 or -1.5 and have one length: only what is lost tells them apart
+    sign, d = torch.tensor([1.0, -1.0]).repeat(128), 2**-8 - 2**-16
+    agree = torch.arange(0, 257, 4)[:, None] > torch.arange(256)
+    rows = 1.5 + d * torch.where(agree, sign, -sign)
+    reference, queries = torch.cat([rows, -rows]), torch.stack([sign, 0.25 * sign])
+    assert_exact(knn, queries, reference, 1, 2, 30, 65, 66, 130)
+
+
 def test_rounding_midpoints_on_both_sides(knn):
     # values half-way between two bf16 numbers: every element has the largest possible residual
     grid = (
