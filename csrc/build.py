@@ -37,8 +37,8 @@ def load():
     The CUDA kernels come with them where PyTorch is a CUDA build, sees a GPU, and nvcc is found;
     where that build fails, it is tried without them. Variables: KERNELS=off switches all off;
     KERNELS=cuda builds those for CUDA without a GPU in sight; KERNELS_VERBOSE=1 shows what the
-    compiler says; KERNELS_ISA=amx|avx512bf16|avx2|portable forces a CPU path. Raises InputError
-    for one that this CPU does not offer.
+    compiler says; KERNELS_ISA=amx|avx512bf16|avx512|avx2|portable forces a CPU path. Raises
+    InputError for one that this CPU does not offer.
     """
     wanted = os.environ.get("KERNELS", "on")
     if wanted == "off":

@@ -40,7 +40,7 @@ from csrc import build  # noqa: E402
 
 KNN_SIZES = [(1000, 20_000, 512, 1), (1000, 20_000, 512, 20), (1000, 20_000, 512, 200)]
 KNN_SIZES += [(2000, 100_000, 512, 100), (2000, 100_000, 512, 1000), (500, 400_000, 512, 400)]
-ISAS = ["amx", "avx512bf16", "avx2", "portable"]
+ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
 
 
 def interleaved(candidates, rounds, before=lambda: None):

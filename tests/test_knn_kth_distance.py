@@ -9,7 +9,7 @@ from compiled import kernels
 import common
 import vrf
 
-ISAS = ["amx", "avx512bf16", "avx2", "portable"]
+ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
 
 
 @pytest.fixture(autouse=True)

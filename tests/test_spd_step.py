@@ -11,7 +11,7 @@ import common
 import spd
 from spd import AdamSPD
 
-ISAS = ["avx512bf16", "avx2", "portable"]
+ISAS = ["avx512", "avx2", "portable"]
 START, PULL, PUSH = (0.5, -0.25), (-1.0, 2.0), (1.0, -0.5)
 # spd.md section 3: theta after steps 5, 6 and 8, made with the authors' code in fp64
 GOLDEN = {
