@@ -2,7 +2,9 @@
 
 Method: one process, the candidates in turn (A B C A B C ...), medians of the rounds after one warm-up, and ratios
 of them; on a shared machine differences under 10 % are noise. Optional peers: pip install faiss-cpu scikit-learn;
-an absent one is named. About 10 minutes on two quiet cores; --quick about 1.
+an absent one is named. "of mm": the share of torch.mm's rate on 2048 x 2048 matrices, at the precision that the
+candidate multiplies in. MiB: what a call adds in a process of its own, where that was measured.
+About 10 minutes on two quiet cores; --quick about 1.
 """
 
 # ruff: noqa: B023, E501  (candidates are called before the loop goes on; table rows are wide)
@@ -13,6 +15,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -57,7 +60,7 @@ def interleaved(candidates, rounds, before=lambda: None):
 
 
 def extra_memory(call):
-    """Peak resident MiB that a call adds (Linux; nan elsewhere)."""
+    """Peak resident MiB that a call adds (Linux; nan elsewhere); too little where the process has freed memory at hand."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -115,39 +118,61 @@ def bf16_tiles(queries, reference):
     return total
 
 
-def bench_knn(native, options):
-    faiss, sklearn = optional("faiss"), optional("sklearn")
-    isas = [
-        isa
-        for isa in ISAS
-        if native.module.has_instruction_set(isa) and (options.portable or isa != "portable")
-    ]
-    rows = []
-    for n, m, d, k in KNN_SIZES[:3] if options.quick else KNN_SIZES:
-        queries, reference = clip_like(n, m, d)
-        calls = {}
-        for isa in isas:
+def knn_calls(native, peers, options, queries, reference, k):
+    """{name: call -> [N]}"""
+    faiss, sklearn = peers
+    calls = {}
+    for isa in ISAS:
+        if native.module.has_instruction_set(isa) and (options.portable or isa != "portable"):
             calls[f"ours {isa}"] = lambda isa=isa: (
                 setattr(native, "isa", isa) or native.knn_kth_distance(queries, reference, k)
             )
-        if faiss:
-            faiss.omp_set_num_threads(options.threads)
-            index = faiss.IndexFlatL2(d)
-            index.add(reference.numpy())
-            calls["faiss IndexFlatL2"] = lambda: torch.from_numpy(
-                index.search(queries.numpy(), k)[0][:, -1]
-            ).sqrt()
-        calls["torch.mm + topk"] = lambda: in_tiles(True, queries, reference, k)
-        calls["torch.cdist + topk"] = lambda: in_tiles(False, queries, reference, k)
-        if sklearn:
-            from sklearn.neighbors import NearestNeighbors
+    if faiss:
+        faiss.omp_set_num_threads(options.threads)
+        index = faiss.IndexFlatL2(reference.shape[1])
+        index.add(reference.numpy())
+        calls["faiss IndexFlatL2"] = lambda: torch.from_numpy(
+            index.search(queries.numpy(), k)[0][:, -1]
+        ).sqrt()
+    calls["torch.mm + topk"] = lambda: in_tiles(True, queries, reference, k)
+    calls["torch.cdist + topk"] = lambda: in_tiles(False, queries, reference, k)
+    if sklearn:
+        from sklearn.neighbors import NearestNeighbors
 
-            brute = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=options.threads).fit(
-                reference.numpy()
-            )
-            calls["sklearn brute"] = lambda: torch.from_numpy(
-                brute.kneighbors(queries.numpy())[0][:, -1]
-            )
+        brute = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=options.threads)
+        brute.fit(reference.numpy())
+        calls["sklearn brute"] = lambda: torch.from_numpy(
+            brute.kneighbors(queries.numpy())[0][:, -1]
+        )
+    return calls
+
+
+def memory_alone(native, options):
+    """What --memory prints: MiB that one call adds to a process that has called it on little data only."""
+    name, *size = options.memory
+    n, m, d, k = map(int, size)
+    peers = (
+        optional("faiss") if "faiss" in name else None,
+        optional("sklearn") if "skl" in name else None,
+    )
+    knn_calls(native, peers, options, *clip_like(64, 640, d), 1)[name]()
+    call = knn_calls(native, peers, options, *clip_like(n, m, d), k)[name]
+    print(extra_memory(call))
+
+
+def fresh_memory(name, size, options):
+    """`memory_alone` in a process of its own."""
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--memory", name]
+    done = subprocess.run([*command, *map(str, size)], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
+
+
+def bench_knn(native, options, mm):
+    peers, best = (optional("faiss"), optional("sklearn")), f"ours {native.isa}"
+    rows = []
+    for n, m, d, k in KNN_SIZES[:3] if options.quick else KNN_SIZES:
+        queries, reference = clip_like(n, m, d)
+        calls = knn_calls(native, peers, options, queries, reference, k)
         truth = torch.stack(
             [(reference.double() - q).norm(dim=1).kthvalue(k).values for q in queries[:8].double()]
         )
@@ -162,10 +187,11 @@ def bench_knn(native, options):
         peer = seconds.get("faiss IndexFlatL2", math.nan)
         print(f"\nknn_kth_distance N={n} M={m} D={d} k={k}")
         print(
-            f"  {'':20} {'ms':>8} {'faiss/x':>8} {'mm+topk/x':>9} {'GFLOP/s':>8} {'error':>8} {'MiB':>6}"
+            f"  {'':20} {'ms':>8} {'faiss/x':>8} {'mm+topk/x':>9} {'GFLOP/s':>8} {'of mm':>5} {'error':>8} {'MiB':>6}"
         )
         for name, value in seconds.items():
-            memory = extra_memory(calls[name])
+            measured = name in (best, "faiss IndexFlatL2", "torch.mm + topk")
+            memory = fresh_memory(name, (n, m, d, k), options) if measured else math.nan
             row = dict(
                 op="knn_kth_distance",
                 size=[n, m, d, k],
@@ -176,11 +202,13 @@ def bench_knn(native, options):
             row |= dict(
                 mm_topk_ratio=seconds["torch.mm + topk"] / value, gflops=2e-9 * n * m * d / value
             )
+            narrow = any(word in name for word in ("amx", "bf16"))
+            row |= dict(of_mm=row["gflops"] / mm["bf16" if narrow else "fp32"])
             row |= dict(error=error.get(name, math.nan), extra_mib=memory)
             rows.append(row)
             print(
                 f"  {name:20} {1e3 * value:8.1f} {row['faiss_ratio']:8.2f} {row['mm_topk_ratio']:9.2f} "
-                f"{row['gflops']:8.0f} {row['error']:8.1e} {memory:6.0f}",
+                f"{row['gflops']:8.0f} {row['of_mm']:5.0%} {row['error']:8.1e} {memory:6.0f}",
                 flush=True,
             )
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -322,12 +350,17 @@ def main():
     parser.add_argument(
         "--portable", action="store_true", help="time the portable path as well (slow)"
     )
+    parser.add_argument(
+        "--memory", nargs=5, metavar="X", help="name and size of a k-NN row: only its memory"
+    )
     parser.add_argument("--json", default="bench_kernels.json", help="where the rows go")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     native = common.kernels()
     if native is None:
         sys.exit("no compiled kernels on this machine, nothing to compare")
+    if options.memory:
+        return memory_alone(native, options)
     cpu = build.cpu_model()
     load = os.getloadavg()[0]
     print(f"{cpu}, {options.threads} threads, torch {torch.__version__}, load before: {load:.1f}")
@@ -339,7 +372,7 @@ def main():
     print(f"torch.mm 2048^3: fp32 {rate['fp32']:.0f} GFLOP/s, bf16 {rate['bf16']:.0f} GFLOP/s")
     isa, rows = native.isa, []
     if options.op != "spd_step":
-        rows += bench_knn(native, options)
+        rows += bench_knn(native, options, rate)
     if options.op != "knn_kth_distance":
         rows += bench_spd(native, options)
     native.isa = isa
