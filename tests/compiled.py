@@ -47,24 +47,26 @@ def said():
     folder = Path(tempfile.gettempdir()) / f"kernels-{run}"
     folder.mkdir(exist_ok=True)
     users = open(folder / "users.lock", "w")
-    fcntl.flock(users, fcntl.LOCK_EX)
+    fcntl.flock(users, fcntl.LOCK_SH)
+    atexit.register(last_one_out, folder, users)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     os.environ.setdefault("KERNELS", "cuda" if TOOLKIT else "on")
-    text = folder / "said.txt"
-    if not text.exists():
-        done = subprocess.run(
-            [sys.executable, "-c", FIRST_RUN.format(toolkit=TOOLKIT)],
-            cwd=common.HERE,
-            env={**os.environ, "KERNELS_VERBOSE": "1", "NVCC_APPEND_FLAGS": NVCC_FLAGS},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        text.write_text(done.stdout + done.stderr)
-    fcntl.flock(users, fcntl.LOCK_SH)
-    atexit.register(last_one_out, folder, users)
-    return text.read_text()
+    with open(folder / "said.txt", "a+") as text:
+        fcntl.flock(text, fcntl.LOCK_EX)  # the other worker process waits, then reads
+        text.seek(0)
+        if not text.read():
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST_RUN.format(toolkit=TOOLKIT)],
+                cwd=common.HERE,
+                env={**os.environ, "KERNELS_VERBOSE": "1", "NVCC_APPEND_FLAGS": NVCC_FLAGS},
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            text.write(done.stdout + done.stderr)
+        text.seek(0)
+        return text.read()
 
 
 def last_one_out(folder, users):

@@ -94,7 +94,9 @@ def compile_kernel(name, edit=None, flags=()):
     stem = f"{name}-{kernel.hexdigest()[:16]}"
     source = CACHE / f"{stem}.cpp"
     if not source.exists():
-        source.write_text(text)
+        partial = source.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.rename(source)
     own = _compile(source, CACHE / f"{stem}.o", ["-c", *include, *flags])
     library = CACHE / f"{stem}.so"
     if not library.exists():  # without the sanitizer's runtime: racecheck.cpp has its symbols

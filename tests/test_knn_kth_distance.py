@@ -225,8 +225,8 @@ def test_pytorch_reference_agrees(any_knn):
 def test_vrf_finds_the_same_distances_with_the_kernel_and_without(any_knn, monkeypatch, distance):
     parts = {m: common.Prediction(3 * clip_like(40, 64, seed=s), normal(40, 5), torch.arange(40))
              for s, m in enumerate(("ZS", "FT"))}  # fmt: skip
-    study = vrf.Study(models=None, of={"val": parts}, T={"ZS": 1.0, "FT": 1.0})
-    config, V = vrf.Config(distance=distance), clip_like(900, 64, seed=7)
+    study = vrf.Study(models=None, predictions={"val": parts}, T={"ZS": 1.0, "FT": 1.0})
+    config, V = vrf.Config(distance=distance, device="cpu"), clip_like(900, 64, seed=7)
     found = []
     for known in (kernels(), None):  # so small a search would not ask for them
         monkeypatch.setattr(common, "kernels", lambda work, known=known: known)
