@@ -1,7 +1,8 @@
 """Times the two CPU kernels against what people use. Not a test: python tests/bench_kernels.py [--help]
 
 Method: one process, the candidates in turn (A B C A B C ...), medians of the rounds after one warm-up, and ratios
-of them; on a shared machine differences under 10 % are noise. Optional peers: pip install faiss-cpu scikit-learn;
+of them; on a shared machine differences under 10 % are noise; on a busy one --clock cpu --threads 1 counts a thread's
+seconds of work instead of the time on the wall. Optional peers: pip install faiss-cpu scikit-learn;
 an absent one is named. "of mm": the share of torch.mm's rate on 2048 x 2048 matrices, at the precision that the
 candidate multiplies in. MiB: what a call adds in a process of its own, where that was measured.
 About 10 minutes on two quiet cores; --quick about 1.
@@ -46,16 +47,17 @@ KNN_SIZES += [(2000, 100_000, 512, 100), (2000, 100_000, 512, 1000), (500, 400_0
 ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
 
 
-def interleaved(candidates, rounds, before=lambda: None):
-    """Median seconds of each candidate; `before` runs untimed ahead of every call.  {name: call} -> {name: s}"""
+def interleaved(candidates, options, before=lambda: None):
+    """Median seconds of each candidate, by the clock asked for; `before` runs untimed ahead of every call.  {name: call} -> {name: s}"""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     seconds = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for turn in range(options.rounds + 1):
         for name, call in candidates.items():
             before()
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -183,7 +185,7 @@ def bench_knn(native, options, mm):
             q @ reference.T for q in queries.split(max(1, 2**26 // m))
         ]
         calls["bf16 tiles alone"] = lambda: bf16_tiles(queries, reference)
-        seconds = interleaved(calls, options.rounds)
+        seconds = interleaved(calls, options)
         peer = seconds.get("faiss IndexFlatL2", math.nan)
         print(f"\nknn_kth_distance N={n} M={m} D={d} k={k}")
         print(
@@ -315,7 +317,7 @@ def bench_spd(native, options):
             torch._foreach_copy_(m, away), torch._foreach_copy_(v, v), torch._foreach_copy_(params, anchors),
             [x.sum() for x in grads],
         )  # fmt: skip
-        seconds = interleaved(calls, options.rounds, reset)
+        seconds = interleaved(calls, options, reset)
         fused = seconds["torch AdamW fused"]
         print(
             f"\nspd_step ViT-B/16 shapes, {count / 1e6:.1f} M parameters, {len(shapes)} tensors, {case}"
@@ -346,6 +348,12 @@ def main():
     parser.add_argument("--op", choices=["knn_kth_distance", "spd_step"], help="only this one")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu, with --threads 1: on a busy machine",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument(
         "--portable", action="store_true", help="time the portable path as well (slow)"
@@ -363,11 +371,13 @@ def main():
         return memory_alone(native, options)
     cpu = build.cpu_model()
     load = os.getloadavg()[0]
-    print(f"{cpu}, {options.threads} threads, torch {torch.__version__}, load before: {load:.1f}")
+    print(
+        f"{cpu}, {options.threads} threads, {options.clock} clock, torch {torch.__version__}, load {load:.1f}"
+    )
     print(f"OPENBLAS_CORETYPE (faiss): {os.environ.get('OPENBLAS_CORETYPE', 'not set')}")
     a = torch.randn(2048, 2048)
     b = a.bfloat16()
-    mm = interleaved({"fp32": lambda: a @ a, "bf16": lambda: b @ b}, 5)
+    mm = interleaved({"fp32": lambda: a @ a, "bf16": lambda: b @ b}, options)
     rate = {name: 2e-9 * 2048**3 / value for name, value in mm.items()}
     print(f"torch.mm 2048^3: fp32 {rate['fp32']:.0f} GFLOP/s, bf16 {rate['bf16']:.0f} GFLOP/s")
     isa, rows = native.isa, []
@@ -379,6 +389,7 @@ def main():
     machine = dict(
         cpu=cpu,
         threads=options.threads,
+        clock=options.clock,
         load=load,
         torch=torch.__version__,
         python=platform.python_version(),
