@@ -2,6 +2,7 @@
 // PyTorch header is parsed (torch/extension.h alone costs 27 s). Shapes, types and devices are
 // checked in Python, by common.kernels(). Every launcher returns None, or a sentence saying what
 // was wrong.
+#pragma GCC optimize("O0")  // it only hands integers on, and compiles 3 s sooner
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"

@@ -37,8 +37,8 @@ def load():
     The CUDA kernels come with them where PyTorch is a CUDA build, sees a GPU, and nvcc is found;
     where that build fails, it is tried without them. Variables: KERNELS=off switches all off;
     KERNELS=cuda builds those for CUDA without a GPU in sight; KERNELS_VERBOSE=1 shows what the
-    compiler says; KERNELS_ISA=amx|avx512bf16|avx2|portable forces a CPU path. Raises InputError
-    for one that this CPU does not offer.
+    compiler says; KERNELS_ISA=amx|avx512bf16|avx512|avx2|portable forces a CPU path. Raises
+    InputError for one that this CPU does not offer.
     """
     wanted = os.environ.get("KERNELS", "on")
     if wanted == "off":
@@ -119,7 +119,7 @@ def build(folder, toolkit=None):
             return module, None
         from torch.utils import cpp_extension
 
-        # torch's own lock is a plain file; one left by a killed build would be waited for forever
+        # in older PyTorch the mere file is a lock: one left by a killed build is waited for forever
         (folder / "lock").unlink(missing_ok=True)
         start = time.perf_counter()
         sources = sorted(CSRC.glob("*.cpp"))

@@ -9,6 +9,7 @@
 // -march=native.
 //   portable    plain C++, fp32            any CPU the compiler knows
 //   avx2        AVX2 + FMA, fp32           x86 since 2013
+//   avx512      AVX-512, fp32              Intel Skylake-SP; chosen before avx512bf16 on Intel
 //   avx512bf16  bf16 dot products          AMD Zen 4, Intel Cooper Lake
 //   amx         bf16 tile products         Intel Sapphire Rapids
 extern "C" const char* best_instruction_set();  // the best one this CPU and kernel offer

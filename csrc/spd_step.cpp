@@ -146,7 +146,7 @@ PIECES(avx512, __attribute__((target("avx512f,avx512dq,avx512vl,prefer-vector-wi
 template <class T>
 InstructionSet<T> choose(const char* name) {
 #if defined(__x86_64__)
-  if (!std::strcmp(name, "amx") || !std::strcmp(name, "avx512bf16"))
+  if (!std::strcmp(name, "amx") || !std::strncmp(name, "avx512", 6))
     return {name, adam_avx512<T>, project_avx512<T>};
   if (!std::strcmp(name, "avx2")) return {name, adam_avx2<T>, project_avx2<T>};
 #endif

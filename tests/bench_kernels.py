@@ -1,8 +1,11 @@
 """Times the two CPU kernels against what people use. Not a test: python tests/bench_kernels.py [--help]
 
 Method: one process, the candidates in turn (A B C A B C ...), medians of the rounds after one warm-up, and ratios
-of them; on a shared machine differences under 10 % are noise. Optional peers: pip install faiss-cpu scikit-learn;
-an absent one is named. About 10 minutes on two quiet cores; --quick about 1.
+of them; on a shared machine differences under 10 % are noise; on a busy one --clock cpu --threads 1 counts a thread's
+seconds of work instead of the time on the wall. Optional peers: pip install faiss-cpu scikit-learn;
+an absent one is named. "of mm": the share of torch.mm's rate on 2048 x 2048 matrices, at the precision that the
+candidate multiplies in. MiB: what a call adds in a process of its own, where that was measured.
+About 10 minutes on two quiet cores; --quick about 1.
 """
 
 # ruff: noqa: B023, E501  (candidates are called before the loop goes on; table rows are wide)
@@ -13,6 +16,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,24 +44,25 @@ from csrc import build  # noqa: E402
 
 KNN_SIZES = [(1000, 20_000, 512, 1), (1000, 20_000, 512, 20), (1000, 20_000, 512, 200)]
 KNN_SIZES += [(2000, 100_000, 512, 100), (2000, 100_000, 512, 1000), (500, 400_000, 512, 400)]
-ISAS = ["amx", "avx512bf16", "avx2", "portable"]
+ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
 
 
-def interleaved(candidates, rounds, before=lambda: None):
-    """Median seconds of each candidate; `before` runs untimed ahead of every call.  {name: call} -> {name: s}"""
+def interleaved(candidates, options, before=lambda: None):
+    """Median seconds of each candidate, by the clock asked for; `before` runs untimed ahead of every call.  {name: call} -> {name: s}"""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     seconds = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for turn in range(options.rounds + 1):
         for name, call in candidates.items():
             before()
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def extra_memory(call):
-    """Peak resident MiB that a call adds (Linux; nan elsewhere)."""
+    """Peak resident MiB that a call adds (Linux; nan elsewhere); too little where the process has freed memory at hand."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -115,39 +120,61 @@ def bf16_tiles(queries, reference):
     return total
 
 
-def bench_knn(native, options):
-    faiss, sklearn = optional("faiss"), optional("sklearn")
-    isas = [
-        isa
-        for isa in ISAS
-        if native.module.has_instruction_set(isa) and (options.portable or isa != "portable")
-    ]
-    rows = []
-    for n, m, d, k in KNN_SIZES[:3] if options.quick else KNN_SIZES:
-        queries, reference = clip_like(n, m, d)
-        calls = {}
-        for isa in isas:
+def knn_calls(native, peers, options, queries, reference, k):
+    """{name: call -> [N]}"""
+    faiss, sklearn = peers
+    calls = {}
+    for isa in ISAS:
+        if native.module.has_instruction_set(isa) and (options.portable or isa != "portable"):
             calls[f"ours {isa}"] = lambda isa=isa: (
                 setattr(native, "isa", isa) or native.knn_kth_distance(queries, reference, k)
             )
-        if faiss:
-            faiss.omp_set_num_threads(options.threads)
-            index = faiss.IndexFlatL2(d)
-            index.add(reference.numpy())
-            calls["faiss IndexFlatL2"] = lambda: torch.from_numpy(
-                index.search(queries.numpy(), k)[0][:, -1]
-            ).sqrt()
-        calls["torch.mm + topk"] = lambda: in_tiles(True, queries, reference, k)
-        calls["torch.cdist + topk"] = lambda: in_tiles(False, queries, reference, k)
-        if sklearn:
-            from sklearn.neighbors import NearestNeighbors
+    if faiss:
+        faiss.omp_set_num_threads(options.threads)
+        index = faiss.IndexFlatL2(reference.shape[1])
+        index.add(reference.numpy())
+        calls["faiss IndexFlatL2"] = lambda: torch.from_numpy(
+            index.search(queries.numpy(), k)[0][:, -1]
+        ).sqrt()
+    calls["torch.mm + topk"] = lambda: in_tiles(True, queries, reference, k)
+    calls["torch.cdist + topk"] = lambda: in_tiles(False, queries, reference, k)
+    if sklearn:
+        from sklearn.neighbors import NearestNeighbors
 
-            brute = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=options.threads).fit(
-                reference.numpy()
-            )
-            calls["sklearn brute"] = lambda: torch.from_numpy(
-                brute.kneighbors(queries.numpy())[0][:, -1]
-            )
+        brute = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=options.threads)
+        brute.fit(reference.numpy())
+        calls["sklearn brute"] = lambda: torch.from_numpy(
+            brute.kneighbors(queries.numpy())[0][:, -1]
+        )
+    return calls
+
+
+def memory_alone(native, options):
+    """What --memory prints: MiB that one call adds to a process that has called it on little data only."""
+    name, *size = options.memory
+    n, m, d, k = map(int, size)
+    peers = (
+        optional("faiss") if "faiss" in name else None,
+        optional("sklearn") if "skl" in name else None,
+    )
+    knn_calls(native, peers, options, *clip_like(64, 640, d), 1)[name]()
+    call = knn_calls(native, peers, options, *clip_like(n, m, d), k)[name]
+    print(extra_memory(call))
+
+
+def fresh_memory(name, size, options):
+    """`memory_alone` in a process of its own."""
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--memory", name]
+    done = subprocess.run([*command, *map(str, size)], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
+
+
+def bench_knn(native, options, mm):
+    peers, best = (optional("faiss"), optional("sklearn")), f"ours {native.isa}"
+    rows = []
+    for n, m, d, k in KNN_SIZES[:3] if options.quick else KNN_SIZES:
+        queries, reference = clip_like(n, m, d)
+        calls = knn_calls(native, peers, options, queries, reference, k)
         truth = torch.stack(
             [(reference.double() - q).norm(dim=1).kthvalue(k).values for q in queries[:8].double()]
         )
@@ -158,14 +185,15 @@ def bench_knn(native, options):
             q @ reference.T for q in queries.split(max(1, 2**26 // m))
         ]
         calls["bf16 tiles alone"] = lambda: bf16_tiles(queries, reference)
-        seconds = interleaved(calls, options.rounds)
+        seconds = interleaved(calls, options)
         peer = seconds.get("faiss IndexFlatL2", math.nan)
         print(f"\nknn_kth_distance N={n} M={m} D={d} k={k}")
         print(
-            f"  {'':20} {'ms':>8} {'faiss/x':>8} {'mm+topk/x':>9} {'GFLOP/s':>8} {'error':>8} {'MiB':>6}"
+            f"  {'':20} {'ms':>8} {'faiss/x':>8} {'mm+topk/x':>9} {'GFLOP/s':>8} {'of mm':>5} {'error':>8} {'MiB':>6}"
         )
         for name, value in seconds.items():
-            memory = extra_memory(calls[name])
+            measured = name in (best, "faiss IndexFlatL2", "torch.mm + topk")
+            memory = fresh_memory(name, (n, m, d, k), options) if measured else math.nan
             row = dict(
                 op="knn_kth_distance",
                 size=[n, m, d, k],
@@ -176,11 +204,13 @@ def bench_knn(native, options):
             row |= dict(
                 mm_topk_ratio=seconds["torch.mm + topk"] / value, gflops=2e-9 * n * m * d / value
             )
+            narrow = any(word in name for word in ("amx", "bf16"))
+            row |= dict(of_mm=row["gflops"] / mm["bf16" if narrow else "fp32"])
             row |= dict(error=error.get(name, math.nan), extra_mib=memory)
             rows.append(row)
             print(
                 f"  {name:20} {1e3 * value:8.1f} {row['faiss_ratio']:8.2f} {row['mm_topk_ratio']:9.2f} "
-                f"{row['gflops']:8.0f} {row['error']:8.1e} {memory:6.0f}",
+                f"{row['gflops']:8.0f} {row['of_mm']:5.0%} {row['error']:8.1e} {memory:6.0f}",
                 flush=True,
             )
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -287,7 +317,7 @@ def bench_spd(native, options):
             torch._foreach_copy_(m, away), torch._foreach_copy_(v, v), torch._foreach_copy_(params, anchors),
             [x.sum() for x in grads],
         )  # fmt: skip
-        seconds = interleaved(calls, options.rounds, reset)
+        seconds = interleaved(calls, options, reset)
         fused = seconds["torch AdamW fused"]
         print(
             f"\nspd_step ViT-B/16 shapes, {count / 1e6:.1f} M parameters, {len(shapes)} tensors, {case}"
@@ -318,9 +348,18 @@ def main():
     parser.add_argument("--op", choices=["knn_kth_distance", "spd_step"], help="only this one")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu, with --threads 1: on a busy machine",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument(
         "--portable", action="store_true", help="time the portable path as well (slow)"
+    )
+    parser.add_argument(
+        "--memory", nargs=5, metavar="X", help="name and size of a k-NN row: only its memory"
     )
     parser.add_argument("--json", default="bench_kernels.json", help="where the rows go")
     options = parser.parse_args()
@@ -328,24 +367,29 @@ def main():
     native = common.kernels()
     if native is None:
         sys.exit("no compiled kernels on this machine, nothing to compare")
+    if options.memory:
+        return memory_alone(native, options)
     cpu = build.cpu_model()
     load = os.getloadavg()[0]
-    print(f"{cpu}, {options.threads} threads, torch {torch.__version__}, load before: {load:.1f}")
+    print(
+        f"{cpu}, {options.threads} threads, {options.clock} clock, torch {torch.__version__}, load {load:.1f}"
+    )
     print(f"OPENBLAS_CORETYPE (faiss): {os.environ.get('OPENBLAS_CORETYPE', 'not set')}")
     a = torch.randn(2048, 2048)
     b = a.bfloat16()
-    mm = interleaved({"fp32": lambda: a @ a, "bf16": lambda: b @ b}, 5)
+    mm = interleaved({"fp32": lambda: a @ a, "bf16": lambda: b @ b}, options)
     rate = {name: 2e-9 * 2048**3 / value for name, value in mm.items()}
     print(f"torch.mm 2048^3: fp32 {rate['fp32']:.0f} GFLOP/s, bf16 {rate['bf16']:.0f} GFLOP/s")
     isa, rows = native.isa, []
     if options.op != "spd_step":
-        rows += bench_knn(native, options)
+        rows += bench_knn(native, options, rate)
     if options.op != "knn_kth_distance":
         rows += bench_spd(native, options)
     native.isa = isa
     machine = dict(
         cpu=cpu,
         threads=options.threads,
+        clock=options.clock,
         load=load,
         torch=torch.__version__,
         python=platform.python_version(),

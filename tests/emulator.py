@@ -7,6 +7,7 @@ into file:line. So the Python wrappers of the GPU path are tested as well.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -68,7 +69,10 @@ def engine():
 
 def _compile(source, target, flags):
     """g++ of one file, kept under `target`, which carries a hash of everything that matters."""
-    if not target.exists():
+    with open(target.with_suffix(".lock"), "w") as lock:  # two worker processes need the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
         partial = target.with_suffix(f".{os.getpid()}")
         command = [compiler(), *FLAGS, *flags, source, "-o", partial]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -90,7 +94,9 @@ def compile_kernel(name, edit=None, flags=()):
     stem = f"{name}-{kernel.hexdigest()[:16]}"
     source = CACHE / f"{stem}.cpp"
     if not source.exists():
-        source.write_text(text)
+        partial = source.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.rename(source)
     own = _compile(source, CACHE / f"{stem}.o", ["-c", *include, *flags])
     library = CACHE / f"{stem}.so"
     if not library.exists():  # without the sanitizer's runtime: racecheck.cpp has its symbols

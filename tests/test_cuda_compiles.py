@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from compiled import ARCHITECTURES, KERNELS, SAID, TOOLKIT
+from compiled import ARCHITECTURES, TOOLKIT, kernels, said
 
 from csrc import build
 
@@ -30,17 +30,17 @@ def ptxas_table(text):
 
 
 def test_the_cuda_kernels_compile_without_a_warning_and_link():
-    complaints = [x for x in SAID.splitlines() if re.search(r"error|warning.*(\.cu|ptxas)", x)]
-    assert KERNELS.devices == ("cpu", "cuda"), "\n".join(complaints)
-    assert KERNELS.module.SPD_CHUNK == build.SPD_CHUNK
+    complaints = [x for x in said().splitlines() if re.search(r"error|warning.*(\.cu|ptxas)", x)]
+    assert kernels().devices == ("cpu", "cuda"), "\n".join(complaints)
+    assert kernels().module.SPD_CHUNK == build.SPD_CHUNK
 
 
 def test_no_kernel_spills_registers():
-    table = ptxas_table(SAID)
-    kernels = sorted({kernel for _, kernel in table})
-    assert sorted(table) == sorted((a, k) for a in TARGETS for k in kernels) and len(kernels) >= 10
+    table = ptxas_table(said())
+    names = sorted({kernel for _, kernel in table})
+    assert sorted(table) == sorted((a, k) for a in TARGETS for k in names) and len(names) >= 10
     print(f"\n{'registers / shared bytes':26}" + "".join(f"{f'sm_{a}':>12}" for a in TARGETS))
-    for kernel in kernels:
+    for kernel in names:
         cells = ("{} / {}".format(*table[a, kernel][:2]) for a in TARGETS)
         print(f"{kernel:26}" + "".join(f"{cell:>12}" for cell in cells))
     spills = [f"{kernel} on sm_{a}: {row[2]} bytes" for (a, kernel), row in table.items() if row[2]]
@@ -51,5 +51,5 @@ def test_a_launcher_says_so_where_no_driver_is():
     """Without a GPU it returns CUDA's sentence instead of crashing."""
     if Path("/dev/nvidia0").exists():
         pytest.skip("a GPU is here: test_cuda_gpu.py runs the launchers")
-    error = KERNELS.module.knn_kth_distance_naive_cuda(0, 1, 0, 1, 1, 1, 0, 0)
+    error = kernels().module.knn_kth_distance_naive_cuda(0, 1, 0, 1, 1, 1, 0, 0)
     assert "driver" in error or "no CUDA-capable device" in error

@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
-from compiled import KERNELS
+from compiled import kernels
 
 import common
 import spd
 from spd import AdamSPD
 
-ISAS = ["avx512bf16", "avx2", "portable"]
+ISAS = ["avx512", "avx2", "portable"]
 START, PULL, PUSH = (0.5, -0.25), (-1.0, 2.0), (1.0, -0.5)
 # spd.md section 3: theta after steps 5, 6 and 8, made with the authors' code in fp64
 GOLDEN = {
@@ -27,9 +27,7 @@ def path(request, monkeypatch):
     """fused= for AdamSPD, with the kernel's instruction set forced."""
     if request.param == "pytorch":
         return False
-    if KERNELS is None or not KERNELS.module.has_instruction_set(request.param):
-        pytest.skip(f"{request.param}: no compiled kernel for it on this machine")
-    monkeypatch.setattr(KERNELS, "isa", request.param)
+    monkeypatch.setattr(kernels(request.param), "isa", request.param)
     return True
 
 
@@ -40,12 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def needs_kernels():
-    if KERNELS is None:
-        pytest.skip("no compiled kernels on this machine")
-    return KERNELS
 
 
 def trace(gradients, dtype=torch.float64, **options):
@@ -172,7 +164,7 @@ def test_ten_steps_equal_the_reference_on_ragged_tensors(path, options):
 
 
 def test_three_hundred_tensors_at_once():
-    needs_kernels()
+    kernels()
     assert_equals_the_loop(signs="+-", steps=3, more=280)
 
 
@@ -205,22 +197,18 @@ def bits(tensors):
     return [t.detach().view(-1).view(torch.int32).tolist() for t in tensors]
 
 
-def test_same_bits_for_any_number_of_threads_and_any_instruction_set():
-    native = needs_kernels()
-    threads, isa, results = torch.get_num_threads(), native.isa, []
-    names = [name for name in ISAS if native.module.has_instruction_set(name)]
-    try:
-        for native.isa, count in itertools.product(names, (1, 3)):
+def test_same_bits_for_any_number_of_threads_and_any_instruction_set(monkeypatch):
+    results = []
+    for isa, count in itertools.product(ISAS, (1, 3)):
+        if kernels().module.has_instruction_set(isa):
+            monkeypatch.setattr(kernels(), "isa", isa)
             torch.set_num_threads(count)
             results.append(bits(run(True, steps=3, signs="++-")[0]))
-    finally:
-        native.isa = isa
-        torch.set_num_threads(threads)
     assert all(result == results[0] for result in results)
 
 
 def test_a_tensor_larger_than_the_cache_group_is_projected_whole():
-    needs_kernels()
+    kernels()
     size, params = 1_600_003, []
     for fused in (True, False):
         param = torch.nn.Parameter(torch.linspace(-1, 1, size))
@@ -306,16 +294,16 @@ def call(native, **change):
 )
 def test_wrong_arguments_are_refused_by_name(change, words):
     with pytest.raises(common.InputError) as problem:
-        call(needs_kernels(), **change)
+        call(kernels(), **change)
     assert words in str(problem.value) and "spd_step" in str(problem.value)
 
 
 def test_no_tensors_is_legal():
-    call(needs_kernels(), params=[], anchors=[], grads=[], exp_avgs=[], exp_avg_sqs=[])
+    call(kernels(), params=[], anchors=[], grads=[], exp_avgs=[], exp_avg_sqs=[])
 
 
 def test_channels_last_weights_are_stepped_where_they_lie():
-    native = needs_kernels()
+    native = kernels()
 
     def make():
         return torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
