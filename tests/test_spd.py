@@ -548,3 +548,15 @@ def test_another_head_or_loss_is_another_checkpoint(tmp_path):
     for i, extra in enumerate(([], ["--head", "none"], ["--smoothing", "0"]), 1):
         spd.main([str(w) for w in (*words, *extra)])
         assert len(list((tmp_path / "out").glob("checkpoints/adam-spd-1-*.pt"))) == i
+
+
+def test_the_readmes_example_trains():
+    text = (common.HERE / "README.md").read_text()
+    code = text[text.index("```python") + 9 :].split("```")[0]
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    found = {"model": model}
+    exec(code, found)
+    model["head"](model["body"](torch.ones(3, 4))).sum().backward()
+    found["optimiser"].step()
+    kept = [p for p in model.parameters() if "anchor" in found["optimiser"].state[p]]
+    assert len(kept) == 2  # the body's
