@@ -2,12 +2,12 @@
 
     python studies/carot_ablations.py components              # one, on the digits
     python studies/carot_ablations.py corruptions --data /imagenet   # every flag of carot.py works
-    python studies/carot_ablations.py all                     # digits: all of them, MINUTES
+    python studies/carot_ablations.py all                     # digits: all, half an hour of one core
 
-    components   Tab. 4    all of L_MCL, L_OC, L_SD on and off   6 trainings
+    components   Tab. 4    all of L_MCL, L_OC, L_SD on and off   5 trainings
     lambdas      Tab. 5    lambda_OC at lambda_SD 1.5, and back  8 trainings
     svd          Tab. A    SVD regulariser against L_OC, forms   3 trainings
-    period       -         steps between the teacher's updates   5 trainings
+    period       -         steps between the teacher's updates   4 trainings
     spectrum     Fig. 6    last singular values, ID and shifts
     corruptions  Figs. 4, 5  ImageNet-C, or the digits' test set corrupted here
     wise         -         WiSE-FT: each model mixed with zero-shot
@@ -242,9 +242,10 @@ def corruptions(s):
             x = np.arange(len(names)) + 0.8 * (i / len(methods) - 0.4)
             axis.bar(x, [mean[m, n][line] for n in names], 0.8 / len(methods), label=m)
         axis.set(ylabel=label)
-        axis.set_xticks(range(len(names)), names if line else [""] * len(names), rotation=30)
+        labels = names if line else [""] * len(names)
+        axis.set_xticks(range(len(names)), labels, rotation=30, ha="right")
         if not line:
-            axis.legend(ncols=len(methods), fontsize=7)
+            axis.legend(ncols=len(methods), fontsize=7, loc="lower left", bbox_to_anchor=(0, 1))
     for axis, n in zip(axes[:, 2], ("brightness", "elastic_transform"), strict=True):
         if n in names:
             axis.boxplot([[x[1] for x in found[m, n]] for m in methods])
