@@ -2,7 +2,7 @@
 
     python studies/carot_ablations.py components              # one, on the digits
     python studies/carot_ablations.py corruptions --data /imagenet   # every flag of carot.py works
-    python studies/carot_ablations.py all                     # digits: all, half an hour of one core
+    python studies/carot_ablations.py all                     # digits: all, 40 minutes of one core
 
     components   Tab. 4    all of L_MCL, L_OC, L_SD on and off   5 trainings
     lambdas      Tab. 5    lambda_OC at lambda_SD 1.5, and back  8 trainings
