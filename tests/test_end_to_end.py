@@ -317,8 +317,9 @@ def test_selection_code_takes_what_is_best_on_the_reported_set(tree, out, plain)
     for name in ("+OSE", "+VRF"):
         top = shares(rows, f"E2E-FT {name} oracle")["test"]
         assert shares(rows, f"E2E-FT {name}")["test"] == top
-    oracle, own = (right(plain[0], f"E2E-FT +VRF{x}") for x in (" oracle", ""))
-    assert all(sum(oracle[s]) >= sum(own[s]) for s in own) and oracle != own
+    for name in ("+OSE", "+VRF"):  # an oracle is tuned on the set itself, the row on ID val
+        oracle, own = (shares(plain[0], f"E2E-FT {name}{x}") for x in (" oracle", ""))
+        assert all(oracle[s] >= own[s] for s in own)
     choices = [[r["choice"] for r in x] for x in (rows, plain[0])]
     assert choices[0] != choices[1]
     assert right(rows, "E2E-FT") == right(plain[0], "E2E-FT")  # the same training

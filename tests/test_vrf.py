@@ -406,3 +406,25 @@ def test_weight_space_takes_the_alpha_of_id_val_and_mixes_that_way_round(tmp_pat
     mixed.load_state_dict(vrf.wse(*(models[m].state_dict() for m in ("ZS", "FT")), alpha))
     assert torch.equal(right["test"], common.predict(given, {"": mixed}, test, clip)[""].right)
     assert 0.2 < right["test"].double().mean() < 1
+
+
+def test_an_oracle_is_tuned_on_the_set_itself_and_the_row_on_id_val(tmp_path):
+    """On val FT is always right, on test ZS: the two must choose opposite ends."""
+    torch.manual_seed(1)
+    toy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    clip = common.Clip(None, None, "toy", False, 2, (0.5,) * 3, (0.25,) * 3)
+    zs, ft = (common.Classifier(copy.deepcopy(toy), 5 * torch.randn(5, 8)) for _ in range(2))
+    models, given = {"ZS": zs, "E2E-FT": ft}, config(out=str(tmp_path), device="cpu")
+    images = np.random.default_rng(0).integers(0, 256, (200, 2, 2, 3), dtype=np.uint8)
+
+    def split(name, whose):
+        found = common.Split(name, "memory", images, torch.zeros(200).long())
+        found.labels = common.predict(given, models, found, clip)[whose].logits.argmax(1)
+        return dataclasses.replace(found)
+
+    sets = split("train", "E2E-FT"), split("val", "E2E-FT"), split("test", "ZS")
+    data = common.Data("folder", list("abcde"), ["{}"], *sets, [], [])
+    rows, _ = vrf.evaluate(given, data, clip, models, 0)
+    share = {r["method"]: r["right"]["test"].double().mean().item() for r in rows}
+    assert share["E2E-FT +OSE oracle"] == 1.0 > share["E2E-FT +OSE"] + 0.2
+    assert share["E2E-FT +VRF oracle"] > share["E2E-FT +VRF"]
