@@ -1,0 +1,308 @@
+"""er_study.py against worked numbers, its own definitions, and fits of public testbeds."""
+
+import contextlib
+import csv
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+
+import common
+import er_study
+from data import testbeds
+
+
+def on_a_line(models=12, slope=0.9, intercept=-0.4, n=1000):
+    """Testbed of counts so large that its accuracies are on the line to 1e-12."""
+    acc = np.linspace(0.3, 0.95, models)
+    k = {"home": acc * n, "away": expit(slope * logit(acc) + intercept) * n}
+    names = [f"m{i}" for i in range(models)]
+    return testbeds.Testbed("line", names, dict.fromkeys(k, n), k, {"away": "home"})
+
+
+def by_image(models=20, n=400, seed=0):
+    """Testbed of random correctness: harder images are wrong in more models, shift harder still."""
+    rng = np.random.default_rng(seed)
+    skill = np.linspace(-1, 2.5, models)[:, None]
+    ease = {"home": rng.normal(0.5, 1, n), "away": rng.normal(-0.5, 1, n + 50)}
+    right = {s: skill + e + rng.normal(0, 0.7, (models, len(e))) > 0 for s, e in ease.items()}
+    return testbeds.known_by_image(
+        "bits", [f"m{i}" for i in range(models)], right, {"away": "home"}
+    )
+
+
+def er_of(line, acc_id, acc_ood):
+    return er_study.effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
+
+
+def run(*words):
+    """What er_study.main returns, and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        result = er_study.main([str(w) for w in words])
+    return result, printed.getvalue()
+
+
+@pytest.fixture
+def shared():
+    """Folder of the public per-example tables; they are not part of the repository."""
+    folder = os.environ.get("ER_TESTBED", "")
+    if not folder:
+        pytest.skip("ER_TESTBED names no folder with the public per-example tables")
+    return Path(folder)
+
+
+# App. A, Sec. 3: line and effective robustness
+
+
+def test_logit_and_its_inverse_are_exact_and_reach_zero_and_one():
+    p = np.linspace(1e-6, 1 - 1e-6, 999)
+    np.testing.assert_allclose(expit(logit(p)), p, rtol=1e-12)
+    assert logit(0.5) == 0 and logit(0.8) == pytest.approx(np.log(4))
+    assert er_study.beta(np.array([0.0, 1.0]), 0.9, -0.4).tolist() == [0, 1]
+
+
+def test_models_on_a_line_have_no_effective_robustness_and_a_raised_one_has_its_rise():
+    line = er_study.baseline(bed := on_a_line(), "away")
+    acc = {s: bed.accuracy(s) for s in ("home", "away")}
+    np.testing.assert_allclose(er_of(line, acc["home"], acc["away"]), 0, atol=1e-12)
+    np.testing.assert_allclose(er_of(line, acc["home"], acc["away"] + 0.03), 0.03, atol=1e-12)
+    assert (line.slope, line.intercept) == pytest.approx((0.9, -0.4), abs=1e-12)
+    assert line.r2 == pytest.approx(1) and line.residual < 1e-12
+
+
+def test_the_fit_is_of_ood_on_id_and_not_the_other_way_round():
+    x, y = np.array([0.5, 0.6, 0.8, 0.9]), np.array([0.3, 0.5, 0.55, 0.8])
+    slope, intercept, _, used = er_study.fit(x, y)
+    np.testing.assert_allclose([slope, intercept], np.polyfit(logit(x), logit(y), 1))
+    assert used.all()
+
+
+def test_accuracies_of_zero_and_one_leave_the_fit_and_are_counted(capsys):
+    bed = on_a_line()
+    bed.k["away"][3], bed.k["home"][5] = 0, bed.n["home"]
+    line = er_study.baseline(bed, "away")
+    assert "2 models with an accuracy of 0 or 1 are not in the fit" in capsys.readouterr().out
+    assert line.slope == pytest.approx(0.9) and {"m3", "m5"}.isdisjoint(line.models)
+    with pytest.raises(common.InputError, match="needs 3"):
+        er_study.fit(np.array([0.0, 0.5, 0.6]), np.array([0.1, 0.2, 0.3]))
+
+
+def test_beta_grows_with_accuracy_and_is_an_accuracy():
+    values = er_study.beta(np.linspace(0, 1, 101), 0.83933048, -0.47151230)
+    assert (np.diff(values) > 0).all() and values[0] == 0 and values[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("v6", {(0.80, 0.70): 0.033578, (0.90, 0.85): 0.052186, (0.50, 0.45): 0.065742}),
+        ("v4", {(0.80, 0.70): 0.039426, (0.90, 0.85): 0.056550, (0.50, 0.45): 0.071661}),
+    ],
+)
+def test_effective_robustness_on_cifar(version, expected):
+    line = er_study.baseline(testbeds.read("cifar10"), f"cifar10.1-{version}")
+    for accuracies, rho in expected.items():
+        assert er_of(line, *accuracies) == pytest.approx(rho, abs=1e-6)
+
+
+V2 = "imagenetv2-matched-frequency"
+GOLD = [  # testbed, shift, models, slope, intercept, R2, tolerance
+    ("cifar10", "cifar10.1-v6", 30, 0.83933048, -0.47151230, 0.98164890, 1e-6),
+    ("cifar10", "cifar10.1-v4", 30, 0.83853531, -0.49660369, 0.98060087, 1e-6),
+    ("imagenet", V2, 66, 0.9424, -0.5161, 0.9983, 1e-4),
+    ("imagenet", "imagenetv2-threshold-0.7", 66, 1.0318, -0.2015, 0.9981, 1e-4),
+    ("imagenet", "imagenetv2-top-images", 66, 1.0458, 0.0716, 0.9961, 1e-4),
+    ("imagenet2020", f"{V2}-format-val", 85, 0.923229, -0.497690, 0.99605, 1e-5),
+    ("imagenet2020", "objectnet-1.0-beta", 85, 0.980910, -1.928289, 0.95251, 1e-5),
+    ("imagenet2020", "imagenet-r", 80, 0.636844, -2.107716, 0.88940, 1e-5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "ood", "models", "slope", "intercept", "r2", "tol"), GOLD)
+def test_fits_of_public_testbeds(name, ood, models, slope, intercept, r2, tol):
+    line = er_study.baseline(testbeds.read(name), ood)
+    assert len(line.models) == models
+    assert (line.slope, line.intercept, line.r2) == pytest.approx((slope, intercept, r2), abs=tol)
+
+
+def test_clip_is_above_the_line_and_training_from_scratch_is_not(tmp_path):
+    points, text = run("--testbed", "imagenet2020", "--draws", 200, "--out", tmp_path)
+    clip = [100 * p[4] for p in points if p[0] == "vit_b_32_clip_zeroshot"]
+    assert clip == pytest.approx([5.63, 18.10, 38.95], abs=0.006)
+    scratch = [100 * p[4] for p in points if p[0].endswith("_epochs")]
+    assert len(scratch) == 3 * 109 and -0.97 < min(scratch) and max(scratch) < 1.87
+    bit = {p[0]: 100 * p[4] for p in points if "format-val" in p[1] and "R50x1" in p[0]}
+    assert [round(x, 2) for x in bit.values()] == [-0.62, 0.64]
+    assert all(p[5] < p[4] < p[6] for p in points if p[0].startswith("vit"))
+    assert "109 checkpoints of trainings from scratch: ER -0.78 to +1.18" in text
+    with open(tmp_path / "figures/er_imagenet2020.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 85 + 85 + 80 + 3 * 121
+    assert (tmp_path / "figures/er_imagenet2020.png").stat().st_size > 10_000
+
+
+# what a baseline may hold
+
+
+def test_a_model_in_its_own_baseline_is_refused_since_it_would_shrink_its_robustness():
+    bed = on_a_line()
+    bed.k["away"][4] += 50
+    own, without = er_study.baseline(bed, "away"), er_study.baseline(bed, "away", ["m4"])
+    acc = [bed.accuracy(s)[4] for s in ("home", "away")]
+    args = "home", "away", (1000, 1000), *acc
+    assert er_of(own, *acc) < er_of(without, *acc) == pytest.approx(0.05)
+    assert er_study.above(without, "m4", *args) == (pytest.approx(0.05), False)
+    with pytest.raises(common.InputError, match="m4 is in its own baseline"):
+        er_study.above(own, "m4", *args)
+
+
+def test_studied_models_never_enter_a_baseline():
+    bed = testbeds.read("imagenet2020")
+    line = er_study.baseline(bed, "imagenet-r")
+    assert len(bed.studied) == 121 and set(line.models).isdisjoint(bed.studied)
+
+
+def test_another_version_variant_or_class_subset_is_refused():
+    line = er_study.baseline(testbeds.read("cifar10"), "cifar10.1-v6")
+    er_study.above(line, "mine", "cifar10", "cifar10.1-v6", (10_000, 2000), 0.9, 0.8)
+    for sets in (
+        ("cifar10", "cifar10.1-v4", (10_000, 2000)),
+        ("cifar10", "cifar10.1-v6", (10_000, 2021)),
+        ("val", "cifar10.1-v6", (10_000, 2000)),
+    ):
+        with pytest.raises(common.InputError, match="one version and class subset for both"):
+            er_study.above(line, "mine", *sets, 0.9, 0.8)
+
+
+def test_an_accuracy_outside_the_testbeds_range_is_marked_extrapolated():
+    line = er_study.baseline(testbeds.read("cifar10"), "cifar10.1-v6")
+    sets = "cifar10", "cifar10.1-v6", (10_000, 2000)
+    marks = [er_study.above(line, "mine", *sets, a, 0.5)[1] for a in (0.80, 0.83, 0.97, 0.975)]
+    assert marks == [True, False, False, True]
+
+
+def test_a_broken_public_model_is_left_out_with_a_sentence(tmp_path, capsys):
+    bits = np.packbits(np.eye(3, 16, dtype=bool), axis=1)
+    names = ["a", "fv_16k", "b"]
+    np.savez(tmp_path / "x.npz", models=names, val=bits, **{"val/n": 16})
+    bed = testbeds.read(tmp_path / "x.npz")
+    assert bed.models == ["a", "b"] and bed.right["val"].shape == (2, 16)
+    assert "fv_16k is left out: its public ImageNetV2 predictions" in capsys.readouterr().out
+    assert "fv_16k" not in testbeds.read("imagenet").models
+
+
+def test_what_is_no_testbed_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "a.csv").write_text("model,val\nx,1\n")
+    (tmp_path / "a.npz").write_bytes(b"no")
+    for path, words in (
+        (tmp_path / "a.csv", "expected the 2020 table"),
+        (tmp_path / "a.npz", "is no per-example testbed"),
+        ("cifar", "expected all, cifar10, imagenet, imagenet2020, or a file"),
+    ):
+        with pytest.raises(common.InputError, match=words):
+            testbeds.read(path)
+    with pytest.raises(common.InputError, match="did you mean 'nas'"):
+        testbeds.read("cifar10").row("nass")
+
+
+# intervals
+
+
+def test_clopper_pearson_of_known_counts():
+    assert er_study.clopper_pearson(1800, 2000) == pytest.approx((0.8860, 0.9128), abs=5e-5)
+    assert er_study.clopper_pearson(1000, 2000) == pytest.approx((0.4779, 0.5221), abs=5e-5)
+    low, high = er_study.clopper_pearson(np.array([0, 20]), 20)
+    assert low[0] == 0 and high[1] == 1
+    assert high[0] == pytest.approx(1 - 0.025 ** (1 / 20)) and low[1] == pytest.approx(1 - high[0])
+
+
+def test_the_line_of_each_draw_is_that_of_fit():
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(0.1, 0.9, (2, 5, 9))
+    b[2, 3] = 0
+    slope, intercept = er_study.lines(logit(a), logit(b))
+    for i in range(5):
+        assert (slope[i], intercept[i]) == pytest.approx(er_study.fit(a[i], b[i])[:2])
+
+
+def test_images_are_redrawn_together_for_all_models():
+    bed = by_image()
+    draws = er_study.redraw(bed, 300)
+    accuracy = draws.accuracy("home", bed.right["home"][7])
+    assert accuracy.mean() == pytest.approx(bed.accuracy("home")[7], abs=0.005)
+    near = draws.accuracy("home", bed.right["home"][8])
+    p = bed.accuracy("home")[[7, 8]]
+    independent = (p * (1 - p)).sum() / bed.n["home"]
+    assert (accuracy - near).var() < 0.8 * independent
+
+
+def test_the_interval_of_a_model_by_image_is_narrower_than_by_counts():
+    bed = by_image()
+    counts = testbeds.Testbed("counts", bed.models, bed.n, bed.k, bed.id_of)
+    widths = []
+    for testbed in (bed, counts):
+        draws = er_study.redraw(testbed, 500)
+        acc = [
+            draws.accuracy(s, bed.right[s][9] if testbed.right else None, bed.k[s][9], bed.n[s])
+            for s in ("home", "away")
+        ]
+        low, high = er_study.interval(er_study.effective_robustness(*acc, *draws.lines["away"]))
+        widths.append(high - low)
+    assert 0 < widths[0] < widths[1]
+
+
+# by image
+
+
+def test_dominance_of_three_models_by_hand():
+    right = np.array([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], bool)  # 3, 2, 2 of 4: one tie
+    gap, p = er_study.dominance(right)
+    assert gap.tolist() == [0.25, 0.25] and sorted(p.tolist()) == [0, 0.25]
+
+
+def test_nobody_right_and_what_a_new_model_gets_of_it():
+    testbed = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    nobody = er_study.nobody_right(testbed)
+    assert nobody.tolist() == [False, False, True, True]
+    assert er_study.share_right(np.array([0, 1, 1, 0], bool), nobody) == (1, 2)
+
+
+def test_counts_by_image_of_the_public_cifar_testbed(shared):
+    bed = testbeds.read(shared / "cifar10_testbed.npz")
+    counts = [
+        (int(er_study.nobody_right(r).sum()), int(r.all(0).sum())) for r in bed.right.values()
+    ]
+    assert counts == [(28, 6507), (21, 872), (22, 883)]
+    found = [er_study.dominance(r)[1] for r in bed.right.values()]
+    assert [len(p) for p in found] == [435, 434, 434]
+    assert [round(p.mean(), 4) for p in found] == [0.0168, 0.0337, 0.0330]
+    assert [round(p.max(), 4) for p in found] == [0.0729, 0.1178, 0.1155]
+    embedded = testbeds.read("cifar10")
+    for model in bed.models:
+        pairs = [(bed.k[s][bed.row(model)], embedded.k[s][embedded.row(model)]) for s in bed.n]
+        assert all(a == b for a, b in pairs)
+
+
+def test_counts_by_image_of_the_public_imagenet_testbed(shared, capsys):
+    bed = testbeds.read(shared / "imagenet_testbed.npz")
+    assert "fv_16k is left out" in capsys.readouterr().out
+    nobody = [int(er_study.nobody_right(r).sum()) for r in bed.right.values()]
+    assert nobody == [2397, 942, 503, 322]
+    v2 = {s: r for s, r in bed.right.items() if s != "imagenet-val"}
+    assert [round(er_study.dominance(r)[1].mean(), 4) for r in v2.values()] == [
+        0.0505,
+        0.0475,
+        0.0431,
+    ]
+    embedded = testbeds.read("imagenet")
+    row = embedded.row("resnet50")
+    assert [embedded.k[s][row] for s in bed.n] == [bed.k[s][bed.row("resnet50")] for s in bed.n]
+
+
+def test_the_public_2020_table_gives_the_embedded_counts(shared):
+    table, embedded = testbeds.read(shared / "robustness_top1s.csv"), testbeds.read("imagenet2020")
+    for s in embedded.n:
+        np.testing.assert_array_equal(table.k[s], embedded.k[s])
