@@ -6,43 +6,87 @@ Over many models trained from scratch, accuracy under shift (OOD) is a function 
 robustness (ER). Pre-trained models have it in the middle of fine-tuning and lose it as fine-tuning
 converges: this script draws the line, then follows ER through fine-tuning.
 
-    Sec. 3     effective robustness rho        effective_robustness   (beta: beta)
-    App. A     logit transform and fits        scipy's logit, fit
-    abstract   what no testbed model gets      nobody_right, share_right
-    (ours)     intervals, dominance            clopper_pearson, redraw, dominance
+    Sec. 3    effective robustness rho             effective_robustness   (beta: beta)
+    App. A    logit transform and fits             scipy's logit, fit
+    Sec. 4    testbed, trajectories, when          baseline, follow, cadence
+    abstract  images that no testbed model gets    nobody_right, share_right
+    (ours)    what is said of a trajectory         studies/er_report.py: summarise
 
+    python er_study.py                # embedded digits; MINUTES
+    python er_study.py --quick        # the same in small; MINUTES
     python er_study.py --testbed all  # published models, real ER, no images: 8 seconds
+    python er_study.py --plot "runs/er_study/trajectories/*.csv"  # report of saved trajectories
 
-Differs: the paper's text leaves much open to us, so what it does not settle is ours, by these IDs:
+Differs: what the text known to us leaves open is ours, by these IDs:
 E1  accuracies of 0 or 1 leave the fit, and the print says how many; beta(0) = 0, beta(1) = 1.
 E2  the interval of ER redraws testbed models and test images; images are shared by all models.
 E3  an ER at an ID accuracy that the testbed does not span is marked: the line is extrapolated.
+E4  evaluated at step 0, at ten log-spaced steps of epoch 1, each epoch to 10, every 5, the last.
+E5  the largest ER of a run is also given without its selection bias: the checkpoint is chosen on
+    one half of the OOD images and scored on the other, both ways. Comparisons are at equal ID
+    accuracy. Nothing else is ever chosen on OOD images.
+E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD, momentum 0.9).
 """
 
-import re
+import copy
+import csv
+import dataclasses
+import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy.special import expit, logit
 from scipy.stats import beta as beta_distribution
 from scipy.stats import linregress
 
 import common
 from common import arg
+from data import testbeds
 
-GROUPS = {  # studied models of the 2020 testbed, by name
-    "CLIP, zero-shot": "clip_zeroshot",
-    "BiT-M, mapped zero-shot": "nonfinetuned",
-    "BiT-M, fine-tuned": "ILSVRC2012",
-    "checkpoints from scratch": "_epochs",
-}
+KINDS = ("zero-shot", "new-head", "head-only", "random")  # what a trajectory starts from
+PRESETS = {"digits": {"epochs": 8, "batch": 64, "warmup": 38}}  # as vrf.py's
+COLUMNS = (
+    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
+    "k_nobody,n_nobody,beta,er,er_lo,er_hi,extrapolated"
+).split(",")
 
 
 @dataclass
 class Config:
     testbed: str = arg("", "published models instead of a study: all, one of them, .csv, .npz")
+    plot: str = arg("", "draw saved trajectories (a pattern in quotes) instead of training")
+    quick: bool = arg(False, "the testbed's cheap models, one rate, two epochs")
+    data: str = arg("digits", "the study needs the embedded digits and their testbed")
+    model: str = arg("ViT-B-16", "open_clip architecture")
+    pretrained: str = arg("openai", "open_clip's tag of the zero-shot weights, or random")
+    weights: str = arg("", "local file with the zero-shot weights instead")
+    quick_gelu: str = arg("auto", "activation: from the source, or overruled", "auto yes no")
+    trust_checkpoint: bool = arg(False, "let weight files that need it run code")
+    kinds: str = arg("zero-shot,new-head,head-only,random", "trajectories, comma-separated")
+    lr: str = arg("5e-5,2e-4,5e-4", "from the zero-shot head; App. B.1 has three rates, too")
+    lr_new: float = arg(2e-4, "from a new head on the pre-trained encoder; ours")
+    lr_head: float = arg(1e-1, "a new head alone; ours, by ID val (data/README.md)")
+    lr_random: float = arg(1e-3, "from random initialisation; ours")
+    epochs: int = arg(8, "of pre-trained models; App. B.1: 100")
+    epochs_random: int = arg(16, "from random initialisation; App. B.1: 250")
+    batch: int = arg(64, "App. B.1")
+    weight_decay: float = arg(0.1, "AdamW (E6)")
+    warmup: int = arg(38, "steps of linear warm-up; ours")
+    clip: float = arg(1.0, "largest gradient norm; ours")
     draws: int = arg(1000, "of the bootstrap; ours")
-    seed: int = arg(0, "of the bootstrap")
+    selection: str = arg("paper", "paper: on ID val; code: on the reported ID set", "paper code")
+    val_fraction: float = arg(0.02, "of train held out as ID val, where the data bring none; ours")
+    seeds: int = arg(1, "runs of each trajectory; App. B.1: 5")
+    seed: int = arg(0, "seed of the first run")
+    precision: str = arg("fp32", "autocast; the paper does not state its own", "fp32 bf16 fp16")
+    device: str = arg("auto", "auto: cuda, mps, cpu")
+    workers: int = arg(0, "processes that decode images")
+    skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
+    resume: bool = arg(True, "continue unfinished training, reuse finished")
     out: str = arg("runs/er_study", "folder for checkpoints, caches, results, figures")
 
 
@@ -80,17 +124,6 @@ def clopper_pearson(k, n, level=0.95):
     return low, high
 
 
-def dominance(right):
-    """P[the worse model is right and the better one wrong], for every pair of models of different
-    accuracy on these images.  bool [M, N] -> accuracy gap [P], probability [P]
-    """
-    right = right[np.argsort(right.sum(1), kind="stable")].astype(np.float32)
-    hits = right.sum(1, dtype=np.float64)
-    only_low = hits[:, None] - (right @ right.T).astype(np.float64)  # row right, column wrong
-    low, high = np.nonzero(hits[:, None] < hits)
-    return (hits[high] - hits[low]) / right.shape[1], only_low[low, high] / right.shape[1]
-
-
 def nobody_right(right):
     """Images that no testbed model gets right.  bool [M, N] -> bool [N]"""
     return ~right.any(0)
@@ -99,16 +132,6 @@ def nobody_right(right):
 def share_right(right, nobody):
     """How many of them a model gets right, of how many.  bool [N], bool [N] -> k, n"""
     return int((right & nobody).sum()), int(nobody.sum())
-
-
-def lines(x, y):
-    """Slope and intercept of `fit` for each row, non-finite pairs left out.  [R, M] -> [R], [R]"""
-    used = np.isfinite(x) & np.isfinite(y)
-    x, y, n = np.where(used, x, 0), np.where(used, y, 0), used.sum(1)
-    mean_x, mean_y = x.sum(1) / n, y.sum(1) / n
-    dx = np.where(used, x - mean_x[:, None], 0)
-    slope = (dx * y).sum(1) / (dx * dx).sum(1)
-    return slope, mean_y - slope * mean_x
 
 
 # --- train / prepare ------------------------------------------------------------------------------
@@ -166,177 +189,193 @@ def above(line, model, at_home, ood, sizes, acc_id, acc_ood):
 
 
 @dataclass
-class Redraws:
-    """R draws of testbed models and test images: lines, and how often each image was drawn."""
+class Bench:
+    """What ER is measured with: a testbed, its lines and redraws, and the test images in memory."""
 
-    lines: dict  # shift -> slope [R], intercept [R]
-    weights: dict  # set -> [R, N]; empty if only counts are known
-    rng: np.random.Generator
-
-    def accuracy(self, name, right=None, k=None, n=None):
-        """[R], of a model that is known by image (drawn with the testbed's), or by counts."""
-        if right is None:
-            return self.rng.binomial(n, k / n, len(next(iter(self.lines.values()))[0])) / n
-        return self.weights[name] @ right.astype(np.float32) / len(right)
+    testbed: object
+    lines: dict  # shift -> Line
+    redraws: object  # testbeds.Redraws
+    splits: dict  # name -> Split; "val", ID, shifts
+    images: dict  # name -> [N, 3, H, W]
+    half: dict  # shift -> bool [N], a random half of its images (E5)
+    nobody: dict  # shift -> bool [N], images that no testbed model gets right
 
 
-def redraw(testbed, draws, seed=0):
-    """Redraws of a testbed (E2). Known by counts only: images as independent binomials."""
-    rng = np.random.default_rng(seed)
-    rows = [i for i, m in enumerate(testbed.models) if m not in testbed.studied]
-    who = np.arange(draws)[:, None], rng.integers(len(rows), size=(draws, len(rows)))
-    accuracies, weights = {}, {}
-    for name, n in testbed.n.items():
-        if testbed.right:
-            w = rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.float32)
-            accuracies[name] = (w @ testbed.right[name][rows].T.astype(np.float32) / n)[who]
-            weights[name] = w
-        else:
-            k = testbed.k[name][rows]
-            drawn = rng.binomial(n, np.nan_to_num(k) / n, (draws, len(rows))) / n
-            accuracies[name] = np.where(np.isnan(k), np.nan, drawn)[who]
-    pairs = {ood: (accuracies[i], accuracies[ood]) for ood, i in testbed.id_of.items()}
-    return Redraws({s: lines(logit(a), logit(b)) for s, (a, b) in pairs.items()}, weights, rng)
+def make_bench(config, data, clip, testbed):
+    splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
+    transform, images = common.eval_transform(clip.size, clip.mean, clip.std), {}
+    for name, split in splits.items():
+        read = common.Images(split, transform)
+        images[name] = torch.stack([read[i, 0][0] for i in range(len(read))])
+    half, nobody, found = {}, {}, {}
+    for ood in testbed.id_of:
+        n = testbed.n[ood]
+        half[ood] = np.random.default_rng(0).permutation(n) < n // 2
+        nobody[ood] = nobody_right(testbed.right[ood])
+        found[ood] = baseline(testbed, ood)
+    redraws = testbeds.redraw(testbed, config.draws)
+    return Bench(testbed, found, redraws, splits, images, half, nobody)
 
 
-def interval(draws):
-    return tuple(float(x) for x in np.quantile(draws, [0.025, 0.975]))
+@torch.inference_mode()
+def score(bench, classify, inputs):
+    """{set: right, bool [N]} of a model given as inputs [B, ...] -> logits [B, C]."""
+    right = {}
+    for name, x in inputs.items():
+        logits = torch.cat([classify(b).cpu() for b in x.split(256)])
+        right[name] = (logits.argmax(1) == bench.splits[name].labels).numpy()
+    return right
 
 
-# --- evaluate -------------------------------------------------------------------------------------
-
-
-def print_lines(testbed, found, redraws):
-    """Table of the baselines; the interval is of the slope, over models and images."""
-    rows = []
-    for ood, line in found.items():
-        low, high = interval(redraws.lines[ood][0])
-        numbers = [f"{line.slope:.4f} [{low:.3f}, {high:.3f}]", f"{line.intercept:.4f}"]
-        numbers += [f"{line.r2:.4f}", f"{100 * line.residual:.2f}"]
-        numbers += [f"{100 * line.low:.1f}-{100 * line.high:.1f}"]
-        rows.append([ood, line.id, len(line.models), *numbers])
-    header = ["shift", "ID", "models", "slope [95 %]", "intercept", "R2", "residual SD", "ID range"]
-    title = f"testbed {testbed.name}: logit(OOD) = slope logit(ID) + intercept; points"
-    print("\n" + common.table(header, rows, title))
-
-
-def studied_points(testbed, found, redraws):
-    """[(model, shift, ID, OOD, ER, low, high, extrapolated)] of the models beside a baseline."""
-    points = []
-    for model in testbed.studied:
-        i = testbed.row(model)
-        for ood, line in found.items():
-            sets = line.id, ood
-            k, n = [testbed.k[s][i] for s in sets], [testbed.n[s] for s in sets]
-            if np.isnan(k).any():
-                continue
-            acc = k[0] / n[0], k[1] / n[1]
-            er, outside = above(line, model, *sets, n, *acc)
-            drawn = [redraws.accuracy(s, k=a, n=b) for s, a, b in zip(sets, k, n, strict=True)]
-            spread = interval(effective_robustness(*drawn, *redraws.lines[ood]))
-            points.append((model, ood, *acc, er, *spread, outside))
-    return points
-
-
-def print_studied(points, shifts):
-    """ER of each studied model; checkpoints from scratch, which are many, as a range."""
-    rows, many = [], GROUPS["checkpoints from scratch"]
-    say = "{:+.2f} [{:+.2f}, {:+.2f}]{}".format
-    for model in dict.fromkeys(p[0] for p in points if many not in p[0]):
-        own = {p[1]: p for p in points if p[0] == model}
-        cells = [say(*(100 * x for x in own[s][4:7]), " *" * own[s][7]) for s in shifts if s in own]
-        rows.append([model, f"{100 * next(iter(own.values()))[2]:.1f}", *cells])
-    title = "effective robustness in points [95 %]; * ID accuracy outside the testbed's range (E3)"
-    print("\n" + common.table(["model", "ID", *shifts], rows, title))
-    for s in shifts:
-        er = [100 * p[4] for p in points if p[1] == s and many in p[0]]
-        if er:
-            spread = f"{min(er):+.2f} to {max(er):+.2f}, mean {np.mean(er):+.2f}"
-            print(f"{s}: {len(er)} checkpoints of trainings from scratch: ER {spread}")
-
-
-def by_image(testbed):
-    """Tables that need per-example correctness: nobody right, everybody right, dominance, and what
-    each model gets right of the images that no other does (the scale for any such share).
+def measure(bench, run, right):
+    """Rows (dicts of COLUMNS) of one checkpoint: its ER on every shift, and their mean, which has
+    an interval of its own. ID and OOD accuracies are of the same weights.
     """
-    rows = []
-    for name, right in testbed.right.items():
-        nobody, (_, p) = nobody_right(right), dominance(right)
-        alone = []
-        for i in range(len(right)):
-            k, n = share_right(right[i], nobody_right(np.delete(right, i, 0)))
-            alone.append(100 * k / max(n, 1))
-        counts = [f"{right.shape[1]:,}", f"{nobody.sum():,}", f"{right.all(0).sum():,}"]
-        shares = [f"{p.mean():.4f}", f"{p.max():.4f}", len(p), f"{np.median(alone):.2f}"]
-        rows.append([name, *counts, *shares, f"{max(alone):.2f}"])
-    header = ["set", "images", "nobody right", "all right", "dominance, mean", "max", "pairs"]
-    header += ["left out: median %", "max %"]
-    title = "by image; left out: what a model gets right of the images that no other gets right"
-    print("\n" + common.table(header, rows, title))
+    rows, drawn = [], []
+    for ood, line in bench.lines.items():
+        a, b = right[line.id], right[ood]
+        sizes = len(a), len(b)
+        er, outside = above(line, run["run"], line.id, ood, sizes, a.mean(), b.mean())
+        acc = [bench.redraws.accuracy(s, right[s]) for s in (line.id, ood)]
+        drawn.append(effective_robustness(*acc, *bench.redraws.lines[ood]))
+        low, high = testbeds.interval(drawn[-1])
+        row = {"k_id": a.sum(), "n_id": len(a), "k_val": right["val"].sum()}
+        row |= {"n_val": len(right["val"]), "k_ood": b.sum(), "n_ood": len(b)}
+        row |= {"k_half": (b & bench.half[ood]).sum(), "n_half": bench.half[ood].sum()}
+        row |= dict(zip(("k_nobody", "n_nobody"), share_right(b, bench.nobody[ood]), strict=True))
+        row |= {"beta": float(beta(a.mean(), line.slope, line.intercept)), "er": er}
+        rows.append({**run, "shift": ood, **row, "er_lo": low, "er_hi": high})
+        rows[-1]["extrapolated"] = int(outside)
+    low, high = testbeds.interval(np.mean(drawn, 0))
+    mean = {"shift": "mean", "er": np.mean([r["er"] for r in rows]), "er_lo": low, "er_hi": high}
+    same = {c: rows[0][c] for c in ("k_id", "n_id", "k_val", "n_val", "extrapolated")}
+    return [*rows, {**run, **same, **mean}]
 
 
-def logit_axes(axis, low=0.01, high=0.99):
-    """Both axes in logits, ticks at round percentages; y = x dashed."""
-    ticks = [t for t in (1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 98, 99) if low <= t / 100 <= high]
-    at, ends = logit(np.array(ticks) / 100), logit(np.array([low, high]))
-    axis.set(xticks=at, xticklabels=ticks, yticks=at, yticklabels=ticks, xlim=ends, ylim=ends)
-    axis.plot(ends, ends, "--", color="0.7", lw=0.8)
-    axis.set(xlabel="ID accuracy, %", ylabel="OOD accuracy, %")
+def append(path, rows):
+    """Rows to a trajectory file, on disk before this returns: a crash loses one evaluation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or not path.stat().st_size
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            out.writeheader()
+        out.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def draw_line(axis, line, acc_id, acc_ood):
-    """A testbed's points and line; dotted where extrapolated. Accuracies 0, 1 are drawn inside."""
-    x, y = (logit(np.clip(a, 1e-3, 1 - 1e-3)) for a in (acc_id, acc_ood))
-    axis.plot(x, y, "o", ms=3, color="0.6", label=f"testbed, {len(line.models)} models")
-    inside, ends = logit(np.array([line.low, line.high])), np.array(axis.get_xlim())
-    axis.plot(ends, line.slope * ends + line.intercept, ":", color="0.4", lw=1)
-    axis.plot(inside, line.slope * inside + line.intercept, color="0.4", lw=1.2)
-    axis.set_title(
-        f"{line.ood}\nslope {line.slope:.2f}, intercept {line.intercept:.2f}, R² {line.r2:.3f}",
-        fontsize=8,
-    )
+def read_rows(path, shifts=None):
+    """Rows of a trajectory file, numbers as numbers. With `shifts` (their number), only whole
+    evaluations: of one that a crash cut short nothing is used.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["extrapolated"]]
+    steps = [r["step"] for r in rows]
+    rows = [r for r in rows if not shifts or steps.count(r["step"]) == shifts + 1]
+
+    def number(name, text):
+        if name in ("run", "model", "init", "shift") or text == "":
+            return text
+        return int(text) if text.isdigit() else float(text)
+
+    return [{name: number(name, text) for name, text in r.items()} for r in rows]
 
 
-def figure_published(config, testbed, found, points):
-    """A panel per shift: testbed, line, studied models by group."""
-    fig, (axes,) = common.new_figure(columns=len(found))
-    numbers = []
-    for axis, (ood, line) in zip(axes, found.items(), strict=True):
-        own = [p for p in points if p[1] == ood]
-        i = [testbed.row(m) for m in line.models]
-        acc = testbed.accuracy(line.id)[i], testbed.accuracy(ood)[i]
-        shown = np.concatenate([*acc, *([p[2:4] for p in own] or [[]])], axis=None)
-        logit_axes(axis, max(0.9 * shown.min(), 1e-3), 1 - 0.5 * (1 - shown.max()))
-        draw_line(axis, line, *acc)
-        numbers += [(ood, "testbed", *row) for row in zip(line.models, *acc, strict=True)]
-        for name, pattern in GROUPS.items():
-            group = [p for p in own if pattern in p[0]]
-            if group:
-                xy = logit(np.array([p[2:4] for p in group]).T)
-                axis.plot(*xy, "." if pattern == "_epochs" else "D", ms=4, label=name)
-            numbers += [(ood, name, p[0], *p[2:4]) for p in group]
-    axes[0].legend(fontsize=7)
-    path = f"{config.out}/figures/er_{re.sub('[^a-z0-9]+', '_', testbed.name.lower())}"
-    common.save_figure(fig, path, ["shift", "series", "model", "id", "ood"], numbers)
+def cadence(per_epoch, epochs):
+    """Steps at which a run is evaluated (E4)."""
+    first = {round(per_epoch ** (i / 9)) for i in range(10)}
+    whole = {e for e in range(1, epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
+    return sorted({0} | first | {e * per_epoch for e in whole})
 
 
-def published(config):
-    """Real models, no images: baselines, ER of the studied models, tables by image. -> points"""
-    from data import testbeds
+def new_head(model, seed):
+    """A head of random directions, as long as the zero-shot head's rows (logits of one scale)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(model.head.weight.shape, generator=generator)
+    length = model.head.weight.detach().cpu().norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        model.head.weight.copy_(F.normalize(rows, dim=1) * length)
+        model.head.bias.zero_()
+    return model
 
-    names, points = testbeds.EMBEDDED if config.testbed == "all" else [config.testbed], []
-    for testbed in map(testbeds.read, names):
-        redraws = redraw(testbed, min(config.draws, 200) if testbed.right else config.draws)
-        found = {ood: baseline(testbed, ood) for ood in testbed.id_of}
-        print_lines(testbed, found, redraws)
-        own = studied_points(testbed, found, redraws)
-        if own:
-            print_studied(own, list(found))
-        if testbed.right:
-            by_image(testbed)
-        figure_published(config, testbed, found, own)
-        points += own
-    return points
+
+def start_of(config, data, clip, zero_shot, kind, seed):
+    """Clip (or its random twin) and the Classifier from which a trajectory starts."""
+    if kind == "random":
+        other = dataclasses.replace(config, weights="", pretrained="random", seed=seed)
+        common.set_seed(seed)
+        visual = common.load_clip(other).model.visual
+        model = common.Classifier(visual, zero_shot.head.weight.detach().cpu())
+        return new_head(model.to(zero_shot.head.weight.device), seed)
+    model = copy.deepcopy(zero_shot)
+    return model if kind == "zero-shot" else new_head(model, seed)
+
+
+def plan(config):
+    """[(kind, learning rate, epochs)] of --kinds."""
+    wanted = common.choose(config.kinds, KINDS, "--kinds")
+    try:
+        rates = [float(x) for x in config.lr.split(",")]
+    except ValueError as error:
+        raise common.InputError(f"--lr {config.lr}: expected numbers such as 5e-5,2e-4") from error
+    runs = [("zero-shot", lr, config.epochs) for lr in rates]
+    runs += [
+        ("new-head", config.lr_new, config.epochs),
+        ("head-only", config.lr_head, config.epochs),
+    ]
+    runs += [("random", config.lr_random, config.epochs_random)]
+    return [r for r in runs if r[0] in wanted]
+
+
+def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name="", loss=None):
+    """Fine-tune once and write its trajectory as training goes; a finished one is not run again.
+    -> path of the file. `name`: of the run, if not by kind and rate. loss(model) -> a `loss_of`
+    for common.fine_tune, to which the name must belong.
+    """
+    config = dataclasses.replace(config, epochs=epochs)
+    per_epoch = math.ceil(len(data.train.labels) / config.batch)
+    name = f"{name or f'{kind}, lr {lr:g}'}, seed {seed}"
+    run = {"run": name, "model": config.model, "init": kind, "lr": lr, "seed": seed}
+    start = start_of(config, data, clip, zero_shot, kind, seed)
+    key = [start.state_dict(), [s.fingerprint for s in (data.train, *bench.splits.values())]]
+    key += [bench.testbed.models, config.draws, run, clip.key]
+    key += [[getattr(config, f) for f in ("epochs", "batch", "weight_decay", "warmup", "clip")]]
+    file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
+    path, steps = Path(config.out) / "trajectories" / file, cadence(per_epoch, epochs)
+    for resume in (config.resume, False):  # a checkpoint whose trajectory was lost: once more
+        rows = read_rows(path, len(bench.lines)) if resume else []
+        if path.exists() and len(path.read_text().splitlines()) != len(rows) + 1:
+            path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
+            append(path, rows)
+        known, model = {int(r["step"]) for r in rows}, copy.deepcopy(start)
+        if known >= set(steps):
+            break
+        inputs, classify = bench.images, lambda x, model=model: model(x)[1]
+        if kind == "head-only":
+            split = bench.splits.items()
+            inputs = {s: common.frozen_features(config, model, x, clip)[0] for s, x in split}
+            classify = model.classify
+
+        def probe(done, model=model, known=known, inputs=inputs, classify=classify):
+            if done in steps and done not in known:
+                model.eval()
+                at = {"step": done, "epoch": done / per_epoch}
+                append(path, measure(bench, run | at, score(bench, classify, inputs)))
+                known.add(done)
+
+        config.resume = resume
+        args = config, name, model, data.train, clip, lr, seed
+        if kind == "head-only":
+            common.linear_probe(*args, probe=probe)
+        else:
+            also = {"loss": name} if loss else None
+            common.fine_tune(*args, probe=probe, also=also, loss_of=loss(model) if loss else None)
+        if known >= set(steps):
+            break
+    return path
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -344,8 +383,36 @@ def published(config):
 
 def main(argv=None):
     config = common.parse(Config, argv, __doc__)
-    config.testbed = config.testbed or "all"
-    return published(config)
+    if config.testbed:
+        from studies import er_published
+
+        return er_published.published(config)
+    if config.plot:
+        from studies import er_report
+
+        return er_report.replay(config)
+    if config.data != "digits":
+        raise common.InputError(
+            f"--data {config.data}: a study needs a testbed on the same data, which is here for the"
+            " digits; --testbed shows published models on CIFAR-10 and ImageNet"
+        )
+    from data import scratch
+    from studies import er_report
+
+    plan(config)  # refuses what it does not know, before any work
+    config, data = common.begin(Config, argv, __doc__, PRESETS)
+    if config.quick:
+        config.lr, config.epochs, config.epochs_random = "2e-4", 2, 2
+    clip, zero_shot = common.zero_shot(config, data)
+    testbed = scratch.testbed(config, data, config.quick)
+    bench = make_bench(config, data, clip, testbed)
+    testbeds.write_counts(testbed, Path(config.out) / "trajectories/testbed.csv")
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for kind, lr, epochs in plan(config):
+            path = follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed)
+            rows += read_rows(path, len(bench.lines))
+    return er_report.report(config, testbed, bench.lines, rows, bench.redraws)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.special import logit
 
 import common
 
@@ -126,5 +127,75 @@ def read_bits(path):
 
 
 def pairs(sets):
-    """{shift: its ID set} of the sets at hand."""
-    return {ood: at_home for ood, at_home in ID_OF.items() if ood in sets and at_home in sets}
+    """{shift: its ID set} of the sets at hand; if none is known, the first is ID for all others."""
+    known = {ood: at_home for ood, at_home in ID_OF.items() if ood in sets and at_home in sets}
+    first, *others = sets
+    return known or dict.fromkeys(others, first)
+
+
+def write_counts(testbed, path):
+    """The form that `read_counts` reads."""
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            out = csv.writer(file, lineterminator="\n")
+            out.writerow(["model", "role", *(f"{s}:{n}" for s, n in testbed.n.items())])
+            for i, m in enumerate(testbed.models):
+                role = "studied" if m in testbed.studied else "testbed"
+                out.writerow([m, role, *(int(k[i]) for k in testbed.k.values())])
+
+    common.try_write(path, write)
+
+
+# --- redrawing models and images: intervals (ours) ---
+
+
+def slopes(x, y):
+    """Least-squares line of each row, non-finite pairs left out; nan if its points are one.
+    [R, M], [R, M] -> slope [R], intercept [R]
+    """
+    used = np.isfinite(x) & np.isfinite(y)
+    x, y, n = np.where(used, x, 0), np.where(used, y, 0), used.sum(1)
+    mean_x, mean_y = x.sum(1) / n, y.sum(1) / n
+    dx = np.where(used, x - mean_x[:, None], 0)
+    spread = (dx * dx).sum(1)
+    slope = (dx * y).sum(1) / np.where(spread > 0, spread, np.nan)
+    return slope, mean_y - slope * mean_x
+
+
+@dataclass
+class Redraws:
+    """R draws of testbed models and test images: lines, and how often each image was drawn."""
+
+    lines: dict  # shift -> slope [R], intercept [R]
+    weights: dict  # set -> [R, N]; empty if only counts are known
+    rng: np.random.Generator
+
+    def accuracy(self, name, right=None, k=None, n=None):
+        """[R], of a model that is known by image (drawn with the testbed's), or by counts."""
+        if right is None:
+            return self.rng.binomial(n, k / n, len(next(iter(self.lines.values()))[0])) / n
+        return self.weights[name] @ right.astype(np.float32) / len(right)
+
+
+def redraw(testbed, draws, seed=0):
+    """Redraws of a testbed (E2). Known by counts only: images as independent binomials."""
+    rng = np.random.default_rng(seed)
+    rows = [i for i, m in enumerate(testbed.models) if m not in testbed.studied]
+    who = np.arange(draws)[:, None], rng.integers(len(rows), size=(draws, len(rows)))
+    accuracies, weights = {}, {}
+    for name, n in testbed.n.items():
+        if testbed.right:
+            w = rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.float32)
+            accuracies[name] = (w @ testbed.right[name][rows].T.astype(np.float32) / n)[who]
+            weights[name] = w
+        else:
+            k = testbed.k[name][rows]
+            drawn = rng.binomial(n, np.nan_to_num(k) / n, (draws, len(rows))) / n
+            accuracies[name] = np.where(np.isnan(k), np.nan, drawn)[who]
+    pairs = {ood: (accuracies[i], accuracies[ood]) for ood, i in testbed.id_of.items()}
+    return Redraws({s: slopes(logit(a), logit(b)) for s, (a, b) in pairs.items()}, weights, rng)
+
+
+def interval(draws):
+    return tuple(float(x) for x in np.nanquantile(draws, [0.025, 0.975]))

@@ -1,18 +1,22 @@
 """er_study.py against worked numbers, its own definitions, and fits of public testbeds."""
 
 import contextlib
+import copy
 import csv
+import dataclasses
 import io
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit, logit
 
 import common
 import er_study
-from data import testbeds
+from data import scratch, testbeds
+from studies import er_published, er_report
 
 
 def on_a_line(models=12, slope=0.9, intercept=-0.4, n=1000):
@@ -223,14 +227,14 @@ def test_the_line_of_each_draw_is_that_of_fit():
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0.1, 0.9, (2, 5, 9))
     b[2, 3] = 0
-    slope, intercept = er_study.lines(logit(a), logit(b))
+    slope, intercept = testbeds.slopes(logit(a), logit(b))
     for i in range(5):
         assert (slope[i], intercept[i]) == pytest.approx(er_study.fit(a[i], b[i])[:2])
 
 
 def test_images_are_redrawn_together_for_all_models():
     bed = by_image()
-    draws = er_study.redraw(bed, 300)
+    draws = testbeds.redraw(bed, 300)
     accuracy = draws.accuracy("home", bed.right["home"][7])
     assert accuracy.mean() == pytest.approx(bed.accuracy("home")[7], abs=0.005)
     near = draws.accuracy("home", bed.right["home"][8])
@@ -244,12 +248,12 @@ def test_the_interval_of_a_model_by_image_is_narrower_than_by_counts():
     counts = testbeds.Testbed("counts", bed.models, bed.n, bed.k, bed.id_of)
     widths = []
     for testbed in (bed, counts):
-        draws = er_study.redraw(testbed, 500)
+        draws = testbeds.redraw(testbed, 500)
         acc = [
             draws.accuracy(s, bed.right[s][9] if testbed.right else None, bed.k[s][9], bed.n[s])
             for s in ("home", "away")
         ]
-        low, high = er_study.interval(er_study.effective_robustness(*acc, *draws.lines["away"]))
+        low, high = testbeds.interval(er_study.effective_robustness(*acc, *draws.lines["away"]))
         widths.append(high - low)
     assert 0 < widths[0] < widths[1]
 
@@ -259,7 +263,7 @@ def test_the_interval_of_a_model_by_image_is_narrower_than_by_counts():
 
 def test_dominance_of_three_models_by_hand():
     right = np.array([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], bool)  # 3, 2, 2 of 4: one tie
-    gap, p = er_study.dominance(right)
+    gap, p = er_published.dominance(right)
     assert gap.tolist() == [0.25, 0.25] and sorted(p.tolist()) == [0, 0.25]
 
 
@@ -276,7 +280,7 @@ def test_counts_by_image_of_the_public_cifar_testbed(shared):
         (int(er_study.nobody_right(r).sum()), int(r.all(0).sum())) for r in bed.right.values()
     ]
     assert counts == [(28, 6507), (21, 872), (22, 883)]
-    found = [er_study.dominance(r)[1] for r in bed.right.values()]
+    found = [er_published.dominance(r)[1] for r in bed.right.values()]
     assert [len(p) for p in found] == [435, 434, 434]
     assert [round(p.mean(), 4) for p in found] == [0.0168, 0.0337, 0.0330]
     assert [round(p.max(), 4) for p in found] == [0.0729, 0.1178, 0.1155]
@@ -292,7 +296,7 @@ def test_counts_by_image_of_the_public_imagenet_testbed(shared, capsys):
     nobody = [int(er_study.nobody_right(r).sum()) for r in bed.right.values()]
     assert nobody == [2397, 942, 503, 322]
     v2 = {s: r for s, r in bed.right.items() if s != "imagenet-val"}
-    assert [round(er_study.dominance(r)[1].mean(), 4) for r in v2.values()] == [
+    assert [round(er_published.dominance(r)[1].mean(), 4) for r in v2.values()] == [
         0.0505,
         0.0475,
         0.0431,
@@ -306,3 +310,250 @@ def test_the_public_2020_table_gives_the_embedded_counts(shared):
     table, embedded = testbeds.read(shared / "robustness_top1s.csv"), testbeds.read("imagenet2020")
     for s in embedded.n:
         np.testing.assert_array_equal(table.k[s], embedded.k[s])
+
+
+# trajectories
+
+
+def small(split, n):
+    rows = np.random.default_rng(0).permutation(len(split.labels))[:n]
+    return dataclasses.replace(split, images=split.images[rows], labels=split.labels[rows])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A few digits with two shifts, the tiny CLIP, and a testbed of eight on them."""
+    words = "--epochs 2 --batch 16 --warmup 2 --draws 50 --device cpu --out".split()
+    words.append(str(tmp_path_factory.mktemp("world")))
+    config, data = common.begin(er_study.Config, words, "", er_study.PRESETS)
+    data.train, data.val, data.test = (small(s, 48) for s in (data.train, data.val, data.test))
+    data.shifts = [small(s, 60) for s in data.shifts[:2]]
+    clip, zero_shot = common.zero_shot(config, data)
+    x, y, right = scratch.grey(data.train), data.train.labels, {}
+    sizes = (6, 10, 14, 18, 24, 32, 40, 48)
+    models = [scratch.fitted("knn", x[:n], y[:n], 0, k=1) for n in sizes]
+    for s in (data.test, *data.shifts):
+        guessed = [m(scratch.grey(s)).argmax(1) for m in models]
+        right[s.name] = (torch.stack(guessed) == s.labels).numpy()
+    pairs = {s.name: "test" for s in data.shifts}
+    bed = testbeds.known_by_image("testbed", [f"1nn-{n}" for n in sizes], right, pairs)
+    testbeds.write_counts(bed, Path(config.out) / "trajectories/testbed.csv")
+    return config, data, clip, zero_shot, bed
+
+
+def follow(world, kind="zero-shot", lr=1e-3, seed=0, out=None, data=None, **more):
+    config, given, clip, zero_shot, bed = world
+    config = dataclasses.replace(config, out=str(out or config.out))
+    bench = er_study.make_bench(config, data or given, clip, bed)
+    args = config, data or given, clip, zero_shot, bench, kind, lr, config.epochs, seed
+    return er_study.follow(*args, **more)
+
+
+@pytest.fixture(scope="module")
+def path(world):
+    return follow(world)
+
+
+def test_a_run_is_evaluated_at_the_start_log_spaced_in_epoch_one_and_then_by_epoch():
+    steps = er_study.cadence(47, 22)
+    assert steps[:10] == [0, 1, 2, 4, 6, 8, 13, 20, 31, 47]
+    assert [s // 47 for s in steps[10:]] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 22]
+    assert er_study.cadence(1, 3) == [0, 1, 2, 3]
+    assert len(er_study.cadence(600, 1)) == 11  # 0 and ten
+
+
+def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path):
+    rows = er_study.read_rows(path, 2)
+    assert list(rows[0]) == er_study.COLUMNS
+    assert [r["shift"] for r in rows[:3]] == ["Scan", "UCI", "mean"]
+    assert sorted({r["step"] for r in rows}) == er_study.cadence(3, 2)
+    for r in rows:
+        assert r["n_id"] == r["n_val"] == 48 and r["er_lo"] <= r["er"] <= r["er_hi"]
+        if r["shift"] != "mean":
+            assert r["er"] == pytest.approx(r["k_ood"] / r["n_ood"] - r["beta"])
+            assert r["n_half"] == 30 and r["k_half"] <= r["k_ood"] and r["k_nobody"] <= r["k_ood"]
+    first = [r["er"] for r in rows[:3]]
+    assert first[2] == pytest.approx((first[0] + first[1]) / 2)
+
+
+def test_step_zero_is_the_zero_shot_model_and_id_and_ood_are_of_the_same_weights(world, path):
+    config, data, clip, zero_shot, _ = world
+    row = er_study.read_rows(path, 2)[1]
+    for split, k in ((data.test, "k_id"), (data.val, "k_val"), (data.shifts[1], "k_ood")):
+        assert common.predict(config, {"": zero_shot}, split, clip)[""].right.sum() == row[k]
+
+
+def test_replay_of_the_files_says_what_the_live_run_said(world, path):
+    config, _, _, _, bed = world
+    found = {s: er_study.baseline(bed, s) for s in bed.id_of}
+    live = io.StringIO()
+    with contextlib.redirect_stdout(live):
+        er_report.report(config, bed, found, er_study.read_rows(path, 2))
+    pattern = path.parent / "zero-shot-lr-0-001-seed-0-*.csv"
+    _, text = run("--plot", pattern, "--out", config.out)
+    assert text == live.getvalue() and "2. " not in text  # none of the runs that it tells of
+    assert (
+        "effective robustness on" in text and (Path(config.out) / "figures/er_study.png").is_file()
+    )
+
+
+def test_poisoned_labels_of_the_shifts_change_no_training_and_no_choice(world, path, tmp_path):
+    data = copy.deepcopy(world[1])
+    for s in data.shifts:
+        s.labels = (s.labels + 1) % 10
+    poisoned = er_study.read_rows(follow(world, out=tmp_path, data=data), 2)
+    plain = er_study.read_rows(path, 2)
+    for name in ("step", "k_id", "k_val", "beta", "extrapolated"):
+        assert [r[name] for r in poisoned] == [r[name] for r in plain]
+    assert [r["k_ood"] for r in poisoned] != [r["k_ood"] for r in plain]
+    choices = [int(er_report.curve(rows, "UCI")["val"].argmax()) for rows in (poisoned, plain)]
+    assert choices[0] == choices[1]
+    a, b = (
+        torch.load(next(Path(o).glob("checkpoints/zero-shot*.pt")), weights_only=True)["model"]
+        for o in (tmp_path, world[0].out)
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_crash_loses_one_evaluation_and_the_same_command_goes_on(
+    world, path, tmp_path, monkeypatch
+):
+    measure, calls = er_study.measure, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError
+        return measure(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(er_study, "measure", dies)
+        follow(world, out=tmp_path)
+    (part,) = tmp_path.glob("trajectories/*.csv")
+    assert len(er_study.read_rows(part, 2)) == 9
+    text = part.read_text()
+    part.write_text(text + text.splitlines()[1][:30])  # cut short while writing
+    assert follow(world, out=tmp_path) == part
+    assert part.read_text() == path.read_text()
+
+
+def test_a_finished_trajectory_is_not_trained_again_and_a_lost_one_is(world, path, monkeypatch):
+    before = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "fit", None)
+        assert follow(world) == path
+    path.unlink()  # its checkpoint is there and finished
+    assert follow(world) == path and path.read_text() == before
+
+
+def test_the_head_alone_is_followed_on_frozen_features_as_the_whole_model_would_be(world):
+    config, data, clip, zero_shot, bed = world
+    rows = er_study.read_rows(follow(world, "head-only", 0.1), 2)
+    model = er_study.start_of(config, data, clip, zero_shot, "head-only", 0)
+    right = common.predict(config, {"": model}, data.shifts[0], clip)[""].right
+    assert rows[0]["k_ood"] == right.sum()
+    assert rows[-1]["k_id"] > rows[0]["k_id"]
+
+
+def test_a_new_head_is_random_of_the_old_length_and_a_random_start_shares_nothing(world):
+    config, data, clip, zero_shot, _ = world
+    kinds = {k: er_study.start_of(config, data, clip, zero_shot, k, 3) for k in er_study.KINDS}
+    again = er_study.start_of(config, data, clip, zero_shot, "random", 3).state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in kinds["random"].state_dict().items())
+    new, old = kinds["new-head"], zero_shot
+    torch.testing.assert_close(new.head.weight.norm(dim=1), old.head.weight.norm(dim=1))
+    assert not torch.allclose(new.head.weight, old.head.weight)
+    weight = "conv1.weight"
+    assert torch.equal(new.visual.state_dict()[weight], old.visual.state_dict()[weight])
+    assert not torch.equal(
+        kinds["random"].visual.state_dict()[weight], old.visual.state_dict()[weight]
+    )
+    assert torch.equal(kinds["zero-shot"].head.weight, old.head.weight)
+
+
+# what is said of a trajectory
+
+
+def simulated(er, n=400, steps=12, seed=0):
+    """Rows of a run whose true ER is `er` [steps] over a line of slope 1, intercept -1."""
+    rng, rows = np.random.default_rng(seed), []
+    acc = np.linspace(0.4, 0.9, steps)
+    for i, (a, e) in enumerate(zip(acc, np.broadcast_to(er, steps), strict=True)):
+        base = er_study.beta(a, 1, -1)
+        halves = rng.binomial(n // 2, base + e, 2)
+        row = {"run": "x, seed 0", "init": "x", "shift": "away", "step": i, "epoch": i / 2}
+        row |= {"k_id": a * 1e4, "n_id": 1e4, "k_val": i, "n_val": 100, "beta": base}
+        row |= {"k_ood": halves.sum(), "n_ood": n, "k_half": halves[0], "n_half": n // 2}
+        row |= {"k_nobody": 0, "n_nobody": 0, "er": 0, "er_lo": -1, "er_hi": 1}
+        rows.append(row)
+    return rows
+
+
+def test_the_largest_er_of_a_run_on_the_line_is_positive_and_the_unbiased_one_is_not():
+    found = [er_report.summarise(simulated(0, seed=i), "away") for i in range(300)]
+    mean = {k: np.mean([f[k] for f in found]) for k in ("max", "max_median", "max_free", "last")}
+    assert mean["max"] > 0.03 and 0.01 < mean["max_median"] < mean["max"]
+    assert abs(mean["max_free"]) < 0.006 and abs(mean["last"]) < 0.006
+
+
+def test_a_bump_is_found_where_it_is():
+    bump = 0.2 * np.exp(-((np.arange(12) - 6) ** 2) / 4)
+    s = er_report.summarise(simulated(bump, n=40_000), "away")
+    assert s["max_free"] == pytest.approx(0.2, abs=0.01) and s["max_epoch"] == 3
+    assert abs(s["start"]) < 0.01 and abs(s["last"]) < 0.01
+    assert s["max_id"] == pytest.approx(0.4 + 0.5 * 6 / 11)
+
+
+def test_er_at_an_accuracy_is_interpolated_in_logits_between_new_highs():
+    c = {"id": np.array([0.5, 0.8, 0.7, 0.95]), "er": np.array([0.0, 0.1, 9.0, 0.3])}
+    assert er_report.at_accuracy(c, 0.8) == pytest.approx(0.1)
+    half = expit((logit(0.8) + logit(0.95)) / 2)
+    assert er_report.at_accuracy(c, half) == pytest.approx(0.2)
+    assert np.isnan(er_report.at_accuracy(c, 0.96)) and np.isnan(er_report.at_accuracy(c, 0.4))
+
+
+# the digits' testbed, options
+
+
+def test_every_kind_of_scratch_model_learns():
+    data = common.open_data()
+    x, y = scratch.grey(data.train)[:300], data.train.labels[:300]
+    z, labels = scratch.grey(small(data.test, 200)), small(data.test, 200).labels
+    kinds = {"linear": dict(e=10), "knn": dict(k=3), "features": dict(w=128)}
+    kinds |= {
+        "mlp": dict(e=10, w=32, d=1, a=True),
+        "cnn": dict(e=25, w=8),
+        "vit": dict(e=25, w=32, d=1),
+    }
+    for kind, options in kinds.items():
+        model = scratch.fitted(kind, x, y, 0, **options)
+        with torch.inference_mode():
+            assert common.accuracy(model(z), labels) > 0.3, kind
+
+
+def test_the_zoo_has_forty_models_of_six_kinds_with_names_of_their_own():
+    assert len({name for name, *_ in scratch.ZOO}) == len(scratch.ZOO) == 40
+    assert len({kind for _, kind, _ in scratch.ZOO}) == 6
+    assert 20 < sum(scratch.cheap(*z[1:]) for z in scratch.ZOO) < 30
+
+
+def test_counts_written_are_counts_read(tmp_path):
+    bed = by_image()
+    testbeds.write_counts(bed, tmp_path / "testbed.csv")
+    again = testbeds.read_counts(tmp_path / "testbed.csv")
+    assert again.models == bed.models and again.id_of == bed.id_of and again.n == bed.n
+    assert all((again.k[s] == bed.k[s]).all() for s in bed.k)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "/imagenet"], "--data /imagenet: a study needs a testbed on the same data"),
+        (["--plot", "nowhere/*.csv"], "no trajectories, or no testbed.csv by them"),
+        (["--kinds", "random,zeroshot"], "there is no 'zeroshot'; did you mean 'zero-shot'"),
+        (["--lr", "fast"], "--lr fast: expected numbers such as 5e-5,2e-4"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(words, sentence):
+    with pytest.raises(common.InputError, match=sentence.replace("*", ".")):
+        run(*words)
