@@ -239,8 +239,9 @@ def measure(bench, run, right):
         acc = [bench.redraws.accuracy(s, right[s]) for s in (line.id, ood)]
         drawn.append(effective_robustness(*acc, *bench.redraws.lines[ood]))
         low, high = testbeds.interval(drawn[-1])
-        row = {"k_id": a.sum(), "n_id": len(a), "k_val": right["val"].sum()}
-        row |= {"n_val": len(right["val"]), "k_ood": b.sum(), "n_ood": len(b)}
+        val = right.get("val", np.zeros(0, bool))
+        row = {"k_id": a.sum(), "n_id": len(a), "k_val": val.sum()}
+        row |= {"n_val": len(val), "k_ood": b.sum(), "n_ood": len(b)}
         row |= {"k_half": (b & bench.half[ood]).sum(), "n_half": bench.half[ood].sum()}
         row |= dict(zip(("k_nobody", "n_nobody"), share_right(b, bench.nobody[ood]), strict=True))
         row |= {"beta": float(beta(a.mean(), line.slope, line.intercept)), "er": er}
@@ -381,38 +382,42 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
 # --- main -----------------------------------------------------------------------------------------
 
 
+def prepare(argv=None):
+    """Command line -> config, data, CLIP, zero-shot Classifier, Bench; studies/er_axes.py, too."""
+    from data import scratch
+
+    config, data = common.begin(Config, argv, __doc__, PRESETS)
+    if config.quick:
+        config.lr, config.epochs, config.epochs_random = "2e-4", 2, 2
+    clip, zero_shot = common.zero_shot(config, data)
+    bench = make_bench(config, data, clip, scratch.testbed(config, data, config.quick))
+    testbeds.write_counts(bench.testbed, Path(config.out) / "trajectories/testbed.csv")
+    return config, data, clip, zero_shot, bench
+
+
 def main(argv=None):
     config = common.parse(Config, argv, __doc__)
     if config.testbed:
         from studies import er_published
 
         return er_published.published(config)
-    if config.plot:
-        from studies import er_report
+    from studies import er_report
 
+    if config.plot:
         return er_report.replay(config)
     if config.data != "digits":
         raise common.InputError(
             f"--data {config.data}: a study needs a testbed on the same data, which is here for the"
             " digits; --testbed shows published models on CIFAR-10 and ImageNet"
         )
-    from data import scratch
-    from studies import er_report
-
     plan(config)  # refuses what it does not know, before any work
-    config, data = common.begin(Config, argv, __doc__, PRESETS)
-    if config.quick:
-        config.lr, config.epochs, config.epochs_random = "2e-4", 2, 2
-    clip, zero_shot = common.zero_shot(config, data)
-    testbed = scratch.testbed(config, data, config.quick)
-    bench = make_bench(config, data, clip, testbed)
-    testbeds.write_counts(testbed, Path(config.out) / "trajectories/testbed.csv")
+    config, *world, bench = prepare(argv)
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         for kind, lr, epochs in plan(config):
-            path = follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed)
+            path = follow(config, *world, bench, kind, lr, epochs, seed)
             rows += read_rows(path, len(bench.lines))
-    return er_report.report(config, testbed, bench.lines, rows, bench.redraws)
+    return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws)
 
 
 if __name__ == "__main__":

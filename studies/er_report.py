@@ -41,7 +41,11 @@ def curve(rows, shift):
         }
         rest = (c["k_ood"] - c["k_half"]) / (c["n_ood"] - c["n_half"])
         ood = c["k_ood"] / c["n_ood"]
-        part = {"id": c["k_id"] / c["n_id"], "val": c["k_val"] / c["n_val"], "ood": ood}
+        part = {
+            "id": c["k_id"] / c["n_id"],
+            "val": c["k_val"] / np.maximum(c["n_val"], 1),
+            "ood": ood,
+        }
         part |= {"er": ood - c["beta"], "a": c["k_half"] / c["n_half"] - c["beta"]}
         part |= {"b": rest - c["beta"], "step": c["step"], "epoch": c["epoch"]}
         parts.append(part | {"k_nobody": c["k_nobody"], "n_nobody": c["n_nobody"]})

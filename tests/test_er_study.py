@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 import common
 import er_study
 from data import scratch, testbeds
-from studies import er_published, er_report
+from studies import er_axes, er_published, er_report
 
 
 def on_a_line(models=12, slope=0.9, intercept=-0.4, n=1000):
@@ -557,3 +557,90 @@ def test_counts_written_are_counts_read(tmp_path):
 def test_what_makes_no_sense_is_refused_before_any_work(words, sentence):
     with pytest.raises(common.InputError, match=sentence.replace("*", ".")):
         run(*words)
+
+
+# axes
+
+
+def scored(n=400, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+def test_difficulty_subsets_are_balanced_seeded_and_ordered_within_each_class():
+    score, labels = scored()
+    easy, hard = (er_axes.subset(score, labels, w, 20) for w in ("easiest", "hardest"))
+    for rows in (easy, hard, er_axes.subset(score, labels, "random", 20, 1)):
+        assert labels[rows].bincount().tolist() == [20] * 4 and (rows.diff() > 0).all()
+    for c in range(4):
+        own = score[labels == c]
+        assert score[easy][labels[easy] == c].min() >= own.sort().values[-20]
+        assert score[hard][labels[hard] == c].max() <= own.sort().values[19]
+    again, other = (er_axes.subset(score, labels, "random", 20, seed) for seed in (1, 2))
+    assert torch.equal(again, er_axes.subset(score, labels, "random", 20, 1))
+    assert not torch.equal(again, other)
+    with pytest.raises(common.InputError, match="fewer than 200"):
+        er_axes.subset(score, labels, "random", 200)
+
+
+def test_subsets_of_the_public_c_scores(shared):
+    with np.load(shared / "cifar10_cscores.npz") as z:
+        labels, score = torch.from_numpy(z["labels"]), torch.from_numpy(z["scores"])
+    assert labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    hard, easy = (er_axes.subset(score, labels, w, 500) for w in ("hardest", "easiest"))
+    assert hard[:8].tolist() == [19, 21, 39, 50, 92, 111, 140, 151]
+    assert easy[:8].tolist() == [1, 3, 7, 10, 12, 26, 32, 41]
+    assert (hard.sum().item(), easy.sum().item()) == (124_423_101, 125_075_721)
+    assert score[hard].mean().item() == pytest.approx(0.3250, abs=5e-5)
+    assert score[easy].mean().item() == pytest.approx(0.8842, abs=5e-5)
+
+
+def test_wrongly_labelled_images_are_hard_for_models_that_did_not_see_them():
+    data = common.open_data()
+    train = small(data.train, 400)
+    y = train.labels.clone()
+    y[:40] = (y[:40] + 3) % 10
+    score = er_axes.held_out_score(scratch.grey(train), y, folds=2)
+    assert score[:40].mean() < 0.5 * score[40:].mean()
+
+
+class Linear(torch.nn.Module):
+    """A model as common.Classifier is to a loss: images [B, D] -> (features, logits)."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        return x, self.head(x)
+
+
+def test_distillation_and_replay_add_what_they_say():
+    torch.manual_seed(0)
+    model, teacher, x, y = Linear(), Linear(), torch.randn(8, 5), torch.arange(8) % 3
+    plain = torch.nn.functional.cross_entropy(model(x)[1], y)
+    own = er_axes.distilled(model)(model)(x, y)
+    torch.testing.assert_close(own, plain)  # no drift from itself
+    assert er_axes.distilled(teacher)(model)(x, y) > plain
+    p, q = teacher(x)[1].softmax(1), model(x)[1].softmax(1)
+    drift = (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(er_axes.distilled(teacher, 2.0)(model)(x, y), plain + 2 * drift)
+    old = torch.randn(1, 5)  # a buffer of one image
+    both = er_axes.replayed(old, torch.tensor([1]), 4)(model)(x, y)
+    again = torch.nn.functional.cross_entropy(model(old)[1], torch.tensor([1]))
+    torch.testing.assert_close(both, plain + again)
+
+
+def test_strategies_are_compared_at_equal_id_accuracy(world, path, monkeypatch, capsys):
+    config, data, clip, zero_shot, bed = world
+    bench = er_study.make_bench(config, data, clip, bed)
+    monkeypatch.setattr(er_axes, "RATE", 1e-3)  # that of `path`, which is not trained again
+    (mixed,) = [er_axes.mixed(config, data, clip, zero_shot, bench, 0)]
+    rows, trained = er_study.read_rows(mixed, 2), er_study.read_rows(path, 2)
+    c, plain = er_report.curve(rows, "UCI"), er_report.curve(trained, "UCI")
+    assert c["epoch"].tolist() == [i / 10 for i in range(11)]
+    for name in ("id", "ood"):  # the ends are the zero-shot and the fine-tuned model
+        assert c[name][0] == plain[name][0] and c[name][-1] == plain[name][-1]
+    er_axes.print_at(er_report.by_run(rows + trained), "UCI")
+    text = capsys.readouterr().out
+    assert "at equal ID accuracy" in text and "weights mixed" in text
