@@ -217,16 +217,14 @@ def print_at(groups, shift):
         for accuracy in AT:
             er = [100 * er_report.at_accuracy(c, accuracy) for c in curves]
             spread = f" [{min(er):+.1f}, {max(er):+.1f}]" if len(er) > 1 else ""
-            cells.append(f"{np.mean(er):+.1f}{spread}")
+            cells.append(er_report.signed(np.mean(er)) + spread)
         ends = (
             100 * np.mean([c["id"][-1] for c in curves]),
             100 * np.mean([c["er"][-1] for c in curves]),
         )
         lines.append([name, *cells, f"{ends[0]:.1f}", f"{ends[1]:+.1f}"])
     header = ["run", *(f"ID {100 * a:g}" for a in AT), "last ID", "last ER"]
-    title = (
-        f"ER on {shift} in points at equal ID accuracy, mean [range over seeds]; nan: not passed"
-    )
+    title = f"ER on {shift} in points at equal ID accuracy, mean [range over seeds]; -: not passed"
     print("\n" + common.table(header, lines, title))
 
 

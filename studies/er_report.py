@@ -80,7 +80,10 @@ def summarise(rows, shift, accuracies=(0.8, 0.9, 0.94)):
     out |= {"max": c["er"][top], "max_median": max(smooth), "max_free": free}
     out |= {"max_id": c["id"][top], "max_epoch": c["epoch"][top]}
     out |= {"last": c["er"][-1], "last_lo": c["lo"][-1], "last_hi": c["hi"][-1]}
-    out |= {"last_id": c["id"][-1], "best_val": c["er"][best]}
+    last = max(rows, key=lambda r: r["step"])
+    low, high = er_study.clopper_pearson(last["k_id"], last["n_id"])
+    out |= {"last_id": c["id"][-1], "last_id_lo": low, "last_id_hi": high}
+    out["best_val"] = c["er"][best]
     return out | {f"at {a:g}": at_accuracy(c, a) for a in accuracies}
 
 
@@ -108,6 +111,10 @@ def print_lines(testbed, found, redraws=None):
     print("\n" + common.table(header, rows, title))
 
 
+def signed(points):
+    return "-" if math.isnan(points) else f"{points:+.1f}"
+
+
 def print_runs(groups, shift):
     """Table of ER through fine-tuning, mean over seeds; intervals are those of the images and the
     testbed, averaged over seeds, the SD is that over seeds.
@@ -119,14 +126,18 @@ def print_runs(groups, shift):
         spread = f" sd {100 * np.std([x['last'] for x in s], ddof=1):.1f}" if len(s) > 1 else ""
         say = "{:+.1f} [{:+.1f}, {:+.1f}]".format
         cells = [say(*(mean[k] for k in ("start", "start_lo", "start_hi")))]
-        cells += [f"{mean[k]:+.1f}" for k in ("max", "max_median", "max_free")]
-        cells += [f"{mean['max_id']:.1f} / {mean['max_epoch'] / 100:.2g}", f"{mean['last_id']:.1f}"]
+        cells += [signed(mean[k]) for k in ("max", "max_median", "max_free")]
+        cells += [f"{mean['max_id']:.1f} / {mean['max_epoch'] / 100:.2g}"]
+        cells += [
+            "{:.1f} [{:.1f}, {:.1f}]".format(*(mean[f"last_id{x}"] for x in ("", "_lo", "_hi")))
+        ]
         cells += [say(*(mean[k] for k in ("last", "last_lo", "last_hi"))) + spread]
-        cells += [f"{mean[k]:+.1f}" for k in mean if k.startswith("at ")]
+        cells += [signed(mean[k]) for k in ("best_val", *(k for k in mean if k.startswith("at ")))]
         lines.append([name, *cells])
     header = ["ER in points", "start [95 %]", "max", "of medians", "unbiased", "at ID / epoch"]
-    header += ["last ID", "last [95 %]", "at ID 80", "90", "94"]
-    title = f"effective robustness on {shift}; nan: that ID accuracy is not passed"
+    header += ["last ID [95 %]", "last ER [95 %]", "best val", "at ID 80", "90", "94"]
+    every = "all shifts, those without a line too" if shift == "mean" else shift
+    title = f"effective robustness on {every}; -: that ID accuracy is not passed"
     print("\n" + common.table(header, lines, title))
 
 
