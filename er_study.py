@@ -48,6 +48,7 @@ from common import arg
 from data import testbeds
 
 KINDS = ("zero-shot", "new-head", "head-only", "random")  # what a trajectory starts from
+# Differs (E6): App. B.1 has SGD with momentum 0.9, weight decay 1e-4, 100 or 250 epochs
 PRESETS = {"digits": {"epochs": 8, "batch": 64, "warmup": 38}}  # as vrf.py's
 COLUMNS = (
     "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
@@ -99,7 +100,7 @@ def fit(acc_id, acc_ood):
     used: bool [M], the pairs with both logits finite (E1). Accuracies are never clipped.
     """
     x, y = logit(acc_id), logit(acc_ood)
-    used = np.isfinite(x) & np.isfinite(y)
+    used = np.isfinite(x) & np.isfinite(y)  # Differs (E1): the text does not say
     if used.sum() < 3:
         raise common.InputError(f"baseline: {used.sum()} models with finite logits; needs 3")
     line = linregress(x[used], y[used])
@@ -185,7 +186,7 @@ def above(line, model, at_home, ood, sizes, acc_id, acc_ood):
             f" {at_home} -> {ood} with {tuple(sizes)}; one version and class subset for both"
         )
     er = effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
-    return float(er), not line.low <= acc_id <= line.high
+    return float(er), not line.low <= acc_id <= line.high  # Differs (E3): ours
 
 
 @dataclass
@@ -287,6 +288,7 @@ def read_rows(path, shifts=None):
 
 def cadence(per_epoch, epochs):
     """Steps at which a run is evaluated (E4)."""
+    # Differs (E4): the text known to us has no cadence; a bump may be over within one epoch
     first = {round(per_epoch ** (i / 9)) for i in range(10)}
     whole = {e for e in range(1, epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
     return sorted({0} | first | {e * per_epoch for e in whole})

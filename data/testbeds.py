@@ -179,7 +179,8 @@ class Redraws:
 
 
 def redraw(testbed, draws, seed=0):
-    """Redraws of a testbed (E2). Known by counts only: images as independent binomials."""
+    """Redraws of a testbed. Known by counts only: images as independent binomials."""
+    # Differs (E2): how the paper's error bars are drawn is not known to us
     rng = np.random.default_rng(seed)
     rows = [i for i, m in enumerate(testbed.models) if m not in testbed.studied]
     who = np.arange(draws)[:, None], rng.integers(len(rows), size=(draws, len(rows)))

@@ -75,6 +75,7 @@ def summarise(rows, shift, accuracies=(0.8, 0.9, 0.94)):
     c = curve(rows, shift)
     top, best = int(c["er"].argmax()), int(c["val"].argmax())
     smooth = [np.median(c["er"][max(0, i - 1) : i + 2]) for i in range(len(c["er"]))]
+    # Differs (E5): how the paper sums up a curve is not known to us
     free = (c["b"][c["a"].argmax()] + c["a"][c["b"].argmax()]) / 2
     out = {"start": c["er"][0], "start_lo": c["lo"][0], "start_hi": c["hi"][0]}
     out |= {"max": c["er"][top], "max_median": max(smooth), "max_free": free}
@@ -88,9 +89,9 @@ def summarise(rows, shift, accuracies=(0.8, 0.9, 0.94)):
 
 
 def by_run(rows):
-    """{(init, lr): {run: rows}} in the order of the files."""
+    """{run without its seed: {run: rows}}, by start, then by rate, whatever the files' order."""
     groups = {}
-    for r in rows:
+    for r in sorted(rows, key=lambda r: (er_study.KINDS.index(r["init"]), r["lr"], r["seed"])):
         name = r["run"].rpartition(", seed")[0]
         groups.setdefault(name, {}).setdefault(r["run"], []).append(r)
     return groups
@@ -174,12 +175,15 @@ def figure(config, testbed, found, groups, shift):
     logit_axes(line_axis, 0.08, 0.99)
     draw_line(line_axis, line, *acc)
     own = er_study.effective_robustness(*acc, line.slope, line.intercept)
-    er_axis.axhspan(100 * own.min(), 100 * own.max(), color="0.9", label="range of the testbed")
+    er_axis.axhspan(100 * own.min(), 100 * own.max(), color="0.88")
     ticks = (10, 20, 30, 50, 70, 80, 90, 95, 98)
     er_axis.set(xticks=logit(np.array(ticks) / 100), xticklabels=ticks)
-    er_axis.axvspan(logit(0.08), logit(line.low), color="0.96", hatch="//", ec="0.85", lw=0)
+    er_axis.axvspan(logit(0.08), logit(line.low), color="0.96", lw=0)
     er_axis.set(xlim=logit([0.08, 0.985]), xlabel="ID accuracy, %", ylabel="ER, points")
-    er_axis.set_title(f"effective robustness on {shift}; hatched: extrapolated", fontsize=8)
+    er_axis.set_title(
+        f"effective robustness on {shift}; dark: range of the testbed, light: extrapolated",
+        fontsize=8,
+    )
     numbers = [("testbed", m, "", *xy) for m, *xy in zip(line.models, *acc, strict=True)]
     for i, (name, runs) in enumerate(groups.items()):
         for j, of_run in enumerate(runs.values()):

@@ -481,7 +481,15 @@ def simulated(er, n=400, steps=12, seed=0):
     for i, (a, e) in enumerate(zip(acc, np.broadcast_to(er, steps), strict=True)):
         base = er_study.beta(a, 1, -1)
         halves = rng.binomial(n // 2, base + e, 2)
-        row = {"run": "x, seed 0", "init": "x", "shift": "away", "step": i, "epoch": i / 2}
+        row = {
+            "run": "x, seed 0",
+            "init": "random",
+            "lr": 0,
+            "seed": 0,
+            "shift": "away",
+            "step": i,
+            "epoch": i / 2,
+        }
         row |= {"k_id": a * 1e4, "n_id": 1e4, "k_val": i, "n_val": 100, "beta": base}
         row |= {"k_ood": halves.sum(), "n_ood": n, "k_half": halves[0], "n_half": n // 2}
         row |= {"k_nobody": 0, "n_nobody": 0, "er": 0, "er_lo": -1, "er_hi": 1}
