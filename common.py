@@ -746,7 +746,7 @@ def fine_tune(
     train_by(*args, optimiser, probe, also)
 
 
-def linear_probe(config, name, model, split, clip, lr, seed):
+def linear_probe(config, name, model, split, clip, lr, seed, probe=None):
     """The same for the head alone, on cached features of the test transform."""
     features, labels = frozen_features(config, model, split, clip)
     n = len(labels)
@@ -759,7 +759,8 @@ def linear_probe(config, name, model, split, clip, lr, seed):
     def loss_fn(batch):
         return F.cross_entropy(model.classify(batch[0]), batch[1])
 
-    train_by(config, name, model, model.head, loss_fn, batches_from, n, split, clip, lr, seed)
+    args = config, name, model, model.head, loss_fn, batches_from, n, split, clip, lr, seed
+    train_by(*args, probe=probe)
 
 
 def steps_of(config, n):

@@ -1,0 +1,426 @@
+"""The Evolution of Out-of-Distribution Robustness Throughout Fine-Tuning.
+Andreassen, Bahri, Neyshabur, Roelofs; TMLR 2022; arXiv 2106.15831.
+
+Over many models trained from scratch, accuracy under shift (OOD) is a function of accuracy at home
+(ID): a line, once both are moved to logits. What a model has above that line is its effective
+robustness (ER). Pre-trained models have it in the middle of fine-tuning and lose it as fine-tuning
+converges: this script draws the line, then follows ER through fine-tuning.
+
+    Sec. 3    effective robustness rho             effective_robustness   (beta: beta)
+    App. A    logit transform and fits             scipy's logit, fit
+    Sec. 4    testbed, trajectories, when          baseline, follow, cadence
+    abstract  images that no testbed model gets    nobody_right, share_right
+    (ours)    what is said of a trajectory         studies/er_report.py: summarise
+
+    python er_study.py                # embedded digits; MINUTES
+    python er_study.py --quick        # the same in small; MINUTES
+    python er_study.py --testbed all  # published models, real ER, no images: 8 seconds
+    python er_study.py --plot "runs/er_study/trajectories/*.csv"  # report of saved trajectories
+
+Differs: what the text known to us leaves open is ours, by these IDs:
+E1  accuracies of 0 or 1 leave the fit, and the print says how many; beta(0) = 0, beta(1) = 1.
+E2  the interval of ER redraws testbed models and test images; images are shared by all models.
+E3  an ER at an ID accuracy that the testbed does not span is marked: the line is extrapolated.
+E4  evaluated at step 0, at ten log-spaced steps of epoch 1, each epoch to 10, every 5, the last.
+E5  the largest ER of a run is also given without its selection bias: the checkpoint is chosen on
+    one half of the OOD images and scored on the other, both ways. Comparisons are at equal ID
+    accuracy. Nothing else is ever chosen on OOD images.
+E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD, momentum 0.9).
+"""
+
+import copy
+import csv
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import expit, logit
+from scipy.stats import beta as beta_distribution
+from scipy.stats import linregress
+
+import common
+from common import arg
+from data import testbeds
+
+KINDS = ("zero-shot", "new-head", "head-only", "random")  # what a trajectory starts from
+# Differs (E6): App. B.1 has SGD with momentum 0.9, weight decay 1e-4, 100 or 250 epochs
+PRESETS = {"digits": {"epochs": 8, "batch": 64, "warmup": 38}}  # as vrf.py's
+COLUMNS = (
+    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
+    "k_nobody,n_nobody,beta,er,er_lo,er_hi,extrapolated"
+).split(",")
+
+
+@dataclass
+class Config:
+    testbed: str = arg("", "published models instead of a study: all, one of them, .csv, .npz")
+    plot: str = arg("", "draw saved trajectories (a pattern in quotes) instead of training")
+    quick: bool = arg(False, "the testbed's cheap models, one rate, two epochs")
+    data: str = arg("digits", "the study needs the embedded digits and their testbed")
+    model: str = arg("ViT-B-16", "open_clip architecture")
+    pretrained: str = arg("openai", "open_clip's tag of the zero-shot weights, or random")
+    weights: str = arg("", "local file with the zero-shot weights instead")
+    quick_gelu: str = arg("auto", "activation: from the source, or overruled", "auto yes no")
+    trust_checkpoint: bool = arg(False, "let weight files that need it run code")
+    kinds: str = arg("zero-shot,new-head,head-only,random", "trajectories, comma-separated")
+    lr: str = arg("5e-5,2e-4,5e-4", "from the zero-shot head; App. B.1 has three rates, too")
+    lr_new: float = arg(2e-4, "from a new head on the pre-trained encoder; ours")
+    lr_head: float = arg(1e-1, "a new head alone; ours, by ID val (data/README.md)")
+    lr_random: float = arg(1e-3, "from random initialisation; ours")
+    epochs: int = arg(8, "of pre-trained models; App. B.1: 100")
+    epochs_random: int = arg(16, "from random initialisation; App. B.1: 250")
+    batch: int = arg(64, "App. B.1")
+    weight_decay: float = arg(0.1, "AdamW (E6)")
+    warmup: int = arg(38, "steps of linear warm-up; ours")
+    clip: float = arg(1.0, "largest gradient norm; ours")
+    draws: int = arg(1000, "of the bootstrap; ours")
+    selection: str = arg("paper", "paper: on ID val; code: on the reported ID set", "paper code")
+    val_fraction: float = arg(0.02, "of train held out as ID val, where the data bring none; ours")
+    seeds: int = arg(1, "runs of each trajectory; App. B.1: 5")
+    seed: int = arg(0, "seed of the first run")
+    precision: str = arg("fp32", "autocast; the paper does not state its own", "fp32 bf16 fp16")
+    device: str = arg("auto", "auto: cuda, mps, cpu")
+    workers: int = arg(0, "processes that decode images")
+    skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
+    resume: bool = arg(True, "continue unfinished training, reuse finished")
+    out: str = arg("runs/er_study", "folder for checkpoints, caches, results, figures")
+
+
+# --- method ---------------------------------------------------------------------------------------
+
+
+def fit(acc_id, acc_ood):
+    """App. A: linregress(logit(Acc_ID), logit(Acc_OOD)).  [M], [M] -> slope, intercept, R2, used
+
+    used: bool [M], the pairs with both logits finite (E1). Accuracies are never clipped.
+    """
+    x, y = logit(acc_id), logit(acc_ood)
+    used = np.isfinite(x) & np.isfinite(y)  # Differs (E1): the text does not say
+    if used.sum() < 3:
+        raise common.InputError(f"baseline: {used.sum()} models with finite logits; needs 3")
+    line = linregress(x[used], y[used])
+    return line.slope, line.intercept, line.rvalue**2, used
+
+
+def beta(acc_id, slope, intercept):
+    """Sec. 3: the OOD accuracy that the baseline gives an ID accuracy; 0 at 0, 1 at 1 (E1)."""
+    return expit(slope * logit(acc_id) + intercept)
+
+
+def effective_robustness(acc_id, acc_ood, slope, intercept):
+    """Sec. 3: rho = Acc_OOD - beta(Acc_ID), a difference of accuracies (shares), not of logits."""
+    return acc_ood - beta(acc_id, slope, intercept)
+
+
+def clopper_pearson(k, n, level=0.95):
+    """Exact interval of a share of k in n.  [...] -> [...], [...]"""
+    k, tail = np.asarray(k, float), (1 - level) / 2
+    low = np.where(k > 0, beta_distribution.ppf(tail, np.maximum(k, 1), n - k + 1), 0.0)
+    high = np.where(k < n, beta_distribution.ppf(1 - tail, k + 1, np.maximum(n - k, 1)), 1.0)
+    return low, high
+
+
+def nobody_right(right):
+    """Images that no testbed model gets right.  bool [M, N] -> bool [N]"""
+    return ~right.any(0)
+
+
+def share_right(right, nobody):
+    """How many of them a model gets right, of how many.  bool [N], bool [N] -> k, n"""
+    return int((right & nobody).sum()), int(nobody.sum())
+
+
+# --- train / prepare ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A baseline, and of which models and sets it is."""
+
+    id: str
+    ood: str
+    sizes: tuple  # images of the two sets
+    models: tuple
+    slope: float
+    intercept: float
+    r2: float
+    residual: float  # standard deviation of the models' own ER, a share
+    low: float
+    high: float  # range of ID accuracy
+
+
+def baseline(testbed, ood, without=()):
+    """Line of a testbed for one shift. `without`: models to leave out; studied ones never enter."""
+    at_home = testbed.id_of[ood]
+    out = {*testbed.studied, *without}
+    a, b = testbed.accuracy(at_home), testbed.accuracy(ood)
+    rows = [
+        i
+        for i, m in enumerate(testbed.models)
+        if m not in out and not np.isnan(a[i]) and not np.isnan(b[i])
+    ]
+    slope, intercept, r2, used = fit(a[rows], b[rows])
+    if not used.all():
+        print(f"{ood}: {(~used).sum()} models with an accuracy of 0 or 1 are not in the fit (E1)")
+    rows = np.array(rows)[used]
+    own = effective_robustness(a[rows], b[rows], slope, intercept)
+    models, sizes = tuple(testbed.models[i] for i in rows), (testbed.n[at_home], testbed.n[ood])
+    spread = float(own.std(ddof=2)), float(a[rows].min()), float(a[rows].max())
+    return Line(at_home, ood, sizes, models, slope, intercept, r2, *spread)
+
+
+def above(line, model, at_home, ood, sizes, acc_id, acc_ood):
+    """(ER, extrapolated) of one model; refuses a model of the baseline, and other sets than its."""
+    if model in line.models:
+        raise common.InputError(
+            f"{model} is in its own baseline, which would pull the line to it; fit without it"
+        )
+    if (at_home, ood, *sizes) != (line.id, line.ood, *line.sizes):
+        raise common.InputError(
+            f"the baseline is of {line.id} -> {line.ood} with {line.sizes} images, the model of"
+            f" {at_home} -> {ood} with {tuple(sizes)}; one version and class subset for both"
+        )
+    er = effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
+    return float(er), not line.low <= acc_id <= line.high  # Differs (E3): ours
+
+
+@dataclass
+class Bench:
+    """What ER is measured with: a testbed, its lines and redraws, and the test images in memory."""
+
+    testbed: object
+    lines: dict  # shift -> Line
+    redraws: object  # testbeds.Redraws
+    splits: dict  # name -> Split; "val", ID, shifts
+    images: dict  # name -> [N, 3, H, W]
+    half: dict  # shift -> bool [N], a random half of its images (E5)
+    nobody: dict  # shift -> bool [N], images that no testbed model gets right
+
+
+def make_bench(config, data, clip, testbed):
+    splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
+    transform, images = common.eval_transform(clip.size, clip.mean, clip.std), {}
+    for name, split in splits.items():
+        read = common.Images(split, transform)
+        images[name] = torch.stack([read[i, 0][0] for i in range(len(read))])
+    half, nobody, found = {}, {}, {}
+    for ood in testbed.id_of:
+        n = testbed.n[ood]
+        half[ood] = np.random.default_rng(0).permutation(n) < n // 2
+        nobody[ood] = nobody_right(testbed.right[ood])
+        found[ood] = baseline(testbed, ood)
+    redraws = testbeds.redraw(testbed, config.draws)
+    return Bench(testbed, found, redraws, splits, images, half, nobody)
+
+
+@torch.inference_mode()
+def score(bench, classify, inputs):
+    """{set: right, bool [N]} of a model given as inputs [B, ...] -> logits [B, C]."""
+    right = {}
+    for name, x in inputs.items():
+        logits = torch.cat([classify(b).cpu() for b in x.split(256)])
+        right[name] = (logits.argmax(1) == bench.splits[name].labels).numpy()
+    return right
+
+
+def measure(bench, run, right):
+    """Rows (dicts of COLUMNS) of one checkpoint: its ER on every shift, and their mean, which has
+    an interval of its own. ID and OOD accuracies are of the same weights.
+    """
+    rows, drawn = [], []
+    for ood, line in bench.lines.items():
+        a, b = right[line.id], right[ood]
+        sizes = len(a), len(b)
+        er, outside = above(line, run["run"], line.id, ood, sizes, a.mean(), b.mean())
+        acc = [bench.redraws.accuracy(s, right[s]) for s in (line.id, ood)]
+        drawn.append(effective_robustness(*acc, *bench.redraws.lines[ood]))
+        low, high = testbeds.interval(drawn[-1])
+        val = right.get("val", np.zeros(0, bool))
+        row = {"k_id": a.sum(), "n_id": len(a), "k_val": val.sum()}
+        row |= {"n_val": len(val), "k_ood": b.sum(), "n_ood": len(b)}
+        row |= {"k_half": (b & bench.half[ood]).sum(), "n_half": bench.half[ood].sum()}
+        row |= dict(zip(("k_nobody", "n_nobody"), share_right(b, bench.nobody[ood]), strict=True))
+        row |= {"beta": float(beta(a.mean(), line.slope, line.intercept)), "er": er}
+        rows.append({**run, "shift": ood, **row, "er_lo": low, "er_hi": high})
+        rows[-1]["extrapolated"] = int(outside)
+    low, high = testbeds.interval(np.mean(drawn, 0))
+    mean = {"shift": "mean", "er": np.mean([r["er"] for r in rows]), "er_lo": low, "er_hi": high}
+    same = {c: rows[0][c] for c in ("k_id", "n_id", "k_val", "n_val", "extrapolated")}
+    return [*rows, {**run, **same, **mean}]
+
+
+def append(path, rows):
+    """Rows to a trajectory file, on disk before this returns: a crash loses one evaluation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or not path.stat().st_size
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            out.writeheader()
+        out.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path, shifts=None):
+    """Rows of a trajectory file, numbers as numbers. With `shifts` (their number), only whole
+    evaluations: of one that a crash cut short nothing is used.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["extrapolated"]]
+    steps = [r["step"] for r in rows]
+    rows = [r for r in rows if not shifts or steps.count(r["step"]) == shifts + 1]
+
+    def number(name, text):
+        if name in ("run", "model", "init", "shift") or text == "":
+            return text
+        return int(text) if text.isdigit() else float(text)
+
+    return [{name: number(name, text) for name, text in r.items()} for r in rows]
+
+
+def cadence(per_epoch, epochs):
+    """Steps at which a run is evaluated (E4)."""
+    # Differs (E4): the text known to us has no cadence; a bump may be over within one epoch
+    first = {round(per_epoch ** (i / 9)) for i in range(10)}
+    whole = {e for e in range(1, epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
+    return sorted({0} | first | {e * per_epoch for e in whole})
+
+
+def new_head(model, seed):
+    """A head of random directions, as long as the zero-shot head's rows (logits of one scale)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(model.head.weight.shape, generator=generator)
+    length = model.head.weight.detach().cpu().norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        model.head.weight.copy_(F.normalize(rows, dim=1) * length)
+        model.head.bias.zero_()
+    return model
+
+
+def start_of(config, data, clip, zero_shot, kind, seed):
+    """Clip (or its random twin) and the Classifier from which a trajectory starts."""
+    if kind == "random":
+        other = dataclasses.replace(config, weights="", pretrained="random", seed=seed)
+        common.set_seed(seed)
+        visual = common.load_clip(other).model.visual
+        model = common.Classifier(visual, zero_shot.head.weight.detach().cpu())
+        return new_head(model.to(zero_shot.head.weight.device), seed)
+    model = copy.deepcopy(zero_shot)
+    return model if kind == "zero-shot" else new_head(model, seed)
+
+
+def plan(config):
+    """[(kind, learning rate, epochs)] of --kinds."""
+    wanted = common.choose(config.kinds, KINDS, "--kinds")
+    try:
+        rates = [float(x) for x in config.lr.split(",")]
+    except ValueError as error:
+        raise common.InputError(f"--lr {config.lr}: expected numbers such as 5e-5,2e-4") from error
+    runs = [("zero-shot", lr, config.epochs) for lr in rates]
+    runs += [
+        ("new-head", config.lr_new, config.epochs),
+        ("head-only", config.lr_head, config.epochs),
+    ]
+    runs += [("random", config.lr_random, config.epochs_random)]
+    return [r for r in runs if r[0] in wanted]
+
+
+def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name="", loss=None):
+    """Fine-tune once and write its trajectory as training goes; a finished one is not run again.
+    -> path of the file. `name`: of the run, if not by kind and rate. loss(model) -> a `loss_of`
+    for common.fine_tune, to which the name must belong.
+    """
+    config = dataclasses.replace(config, epochs=epochs)
+    per_epoch = math.ceil(len(data.train.labels) / config.batch)
+    name = f"{name or f'{kind}, lr {lr:g}'}, seed {seed}"
+    run = {"run": name, "model": config.model, "init": kind, "lr": lr, "seed": seed}
+    start = start_of(config, data, clip, zero_shot, kind, seed)
+    key = [start.state_dict(), [s.fingerprint for s in (data.train, *bench.splits.values())]]
+    key += [bench.testbed.models, config.draws, run, clip.key]
+    key += [[getattr(config, f) for f in ("epochs", "batch", "weight_decay", "warmup", "clip")]]
+    file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
+    path, steps = Path(config.out) / "trajectories" / file, cadence(per_epoch, epochs)
+    for resume in (config.resume, False):  # a checkpoint whose trajectory was lost: once more
+        rows = read_rows(path, len(bench.lines)) if resume else []
+        if path.exists() and len(path.read_text().splitlines()) != len(rows) + 1:
+            path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
+            append(path, rows)
+        known, model = {int(r["step"]) for r in rows}, copy.deepcopy(start)
+        if known >= set(steps):
+            break
+        inputs, classify = bench.images, lambda x, model=model: model(x)[1]
+        if kind == "head-only":
+            split = bench.splits.items()
+            inputs = {s: common.frozen_features(config, model, x, clip)[0] for s, x in split}
+            classify = model.classify
+
+        def probe(done, model=model, known=known, inputs=inputs, classify=classify):
+            if done in steps and done not in known:
+                model.eval()
+                at = {"step": done, "epoch": done / per_epoch}
+                append(path, measure(bench, run | at, score(bench, classify, inputs)))
+                known.add(done)
+
+        config.resume = resume
+        args = config, name, model, data.train, clip, lr, seed
+        if kind == "head-only":
+            common.linear_probe(*args, probe=probe)
+        else:
+            also = {"loss": name} if loss else None
+            common.fine_tune(*args, probe=probe, also=also, loss_of=loss(model) if loss else None)
+        if known >= set(steps):
+            break
+    return path
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def prepare(argv=None):
+    """Command line -> config, data, CLIP, zero-shot Classifier, Bench; studies/er_axes.py, too."""
+    from data import scratch
+
+    config, data = common.begin(Config, argv, __doc__, PRESETS)
+    if config.quick:
+        config.lr, config.epochs, config.epochs_random = "2e-4", 2, 2
+    clip, zero_shot = common.zero_shot(config, data)
+    bench = make_bench(config, data, clip, scratch.testbed(config, data, config.quick))
+    testbeds.write_counts(bench.testbed, Path(config.out) / "trajectories/testbed.csv")
+    return config, data, clip, zero_shot, bench
+
+
+def main(argv=None):
+    config = common.parse(Config, argv, __doc__)
+    if config.testbed:
+        from studies import er_published
+
+        return er_published.published(config)
+    from studies import er_report
+
+    if config.plot:
+        return er_report.replay(config)
+    if config.data != "digits":
+        raise common.InputError(
+            f"--data {config.data}: a study needs a testbed on the same data, which is here for the"
+            " digits; --testbed shows published models on CIFAR-10 and ImageNet"
+        )
+    plan(config)  # refuses what it does not know, before any work
+    config, *world, bench = prepare(argv)
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for kind, lr, epochs in plan(config):
+            path = follow(config, *world, bench, kind, lr, epochs, seed)
+            rows += read_rows(path, len(bench.lines))
+    return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws)
+
+
+if __name__ == "__main__":
+    common.run(main)
