@@ -144,7 +144,7 @@ def fitted(kind, x, y, seed, e=0, w=0, d=0, a=False, k=0):
 
 def cheap(kind, options):
     """Whether a model trains in a second or two."""
-    return kind not in ("cnn", "vit") or options["n"] * options["e"] <= 9000
+    return kind not in ("cnn", "vit") or options["n"] * options["e"] <= 8000
 
 
 def testbed(config, data, quick=False):

@@ -3,7 +3,7 @@
     python studies/er_axes.py strategies   # plain, replay, distillation, weights mixed: E10
     python studies/er_axes.py difficulty   # easiest, random, hardest 100 images of each class: E7
     python studies/er_axes.py pretraining  # images and domains of pre-training: E5, E6
-    python studies/er_axes.py methods      # VRF and SPD of this repository, as points
+    python studies/er_axes.py methods      # VRF, CaRot and SPD of this repository, as points
 
 All are compared at equal ID accuracy, never at equal epoch alone. E5 to E10: numbers of experiments
 in our notes; the text known to us settles neither subset sizes nor the list of strategies, so all
@@ -72,7 +72,7 @@ def mixed(config, data, clip, zero_shot, bench, seed):
     model = copy.deepcopy(zero_shot)
     name = f"zero-shot, lr {RATE:g}, seed {seed}"
     common.fine_tune(config, name, model, data.train, clip, RATE, seed)  # read, if trained before
-    key = [zero_shot.state_dict(), model.state_dict(), bench.testbed.models, config.draws]
+    key = [zero_shot.state_dict(), model.state_dict(), bench.testbed.k, config.draws]
     key += [s.fingerprint for s in bench.splits.values()]
     name = f"weights mixed, seed {seed}"
     file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
@@ -182,20 +182,21 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=400):
 
 
 def methods(config, data, clip, zero_shot, bench, seed):
-    """The tables' rows of vrf.py and spd.py as points: their training, their choices, our ER. Paths
-    of a file of points, with a row as a run of one checkpoint. carot.py's rows would join here.
+    """The tables' rows of vrf.py, carot.py and spd.py as points: their training, their choices, our
+    ER. One file, a row of theirs as a run of one checkpoint; no rows tuned on the test sets.
     """
+    import carot
     import spd
     import vrf
 
     words = ["--device", config.device, "--seed", str(seed), "--out"]
-    rows = vrf.main([*words, f"{config.out}/vrf"])
-    rows += spd.main([*words, f"{config.out}/spd"])
+    scripts = {"vrf": vrf, "carot": carot, "spd": spd}
+    rows = [r for name, x in scripts.items() for r in x.main([*words, f"{config.out}/{name}"])]
     path = Path(config.out) / "trajectories" / f"methods-seed-{seed}.csv"
     path.unlink(missing_ok=True)
     seen = set()
     for row in rows:
-        if row["method"] in seen or "oracle" in row["method"]:  # tuned on the test sets
+        if row["method"] in seen or "oracle" in row["method"]:  # vrf.py has ZS, carot.py too
             continue
         seen.add(row["method"])
         run = {"run": f"{row['method']}, seed {seed}", "model": config.model, "init": "zero-shot"}

@@ -181,8 +181,7 @@ def figure(config, testbed, found, groups, shift):
     er_axis.axvspan(logit(0.08), logit(line.low), color="0.96", lw=0)
     er_axis.set(xlim=logit([0.08, 0.985]), xlabel="ID accuracy, %", ylabel="ER, points")
     er_axis.set_title(
-        f"effective robustness on {shift}; dark: range of the testbed, light: extrapolated",
-        fontsize=8,
+        f"ER on {shift}; dark: the testbed's own range, light: extrapolated", fontsize=8
     )
     numbers = [("testbed", m, "", *xy) for m, *xy in zip(line.models, *acc, strict=True)]
     for i, (name, runs) in enumerate(groups.items()):
