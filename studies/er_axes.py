@@ -194,9 +194,9 @@ def methods(config, data, clip, zero_shot, bench, seed):
     rows = [r for name, x in scripts.items() for r in x.main([*words, f"{config.out}/{name}"])]
     path = Path(config.out) / "trajectories" / f"methods-seed-{seed}.csv"
     path.unlink(missing_ok=True)
-    seen = set()
+    seen = {"ZS", "FT"}  # carot.py's names of what vrf.py has; a temperature (TS) moves no argmax
     for row in rows:
-        if row["method"] in seen or "oracle" in row["method"]:  # vrf.py has ZS, carot.py too
+        if row["method"] in seen or any(x in row["method"] for x in ("oracle", "+TS")):
             continue
         seen.add(row["method"])
         run = {"run": f"{row['method']}, seed {seed}", "model": config.model, "init": "zero-shot"}
@@ -245,6 +245,43 @@ def print_points(groups, shift):
     print("\n" + common.table(header, lines, "accuracy in %, ER in points"))
 
 
+NAMED = (
+    "Zero-shot,LC,E2E-FT,E2E-FT +OSE,E2E-FT +VRF,LP-FT,LP-FT +VRF,FLYP,CaRot,AdamW"
+    ";L2-SP, by ID val;Adam-SPD, by ID val"
+)
+
+
+def figure_points(config, groups, shift):
+    """ER of every method against its ID accuracy, on one shift and in the mean."""
+    fig, (axes,) = common.new_figure(columns=2)
+    first, *others = NAMED.split(";")
+    named, numbers = [*first.split(","), *others], []
+    for axis, s in zip(axes, (shift, "mean"), strict=True):
+        for name, runs in groups.items():
+            c = [er_report.curve(rows, s) for rows in runs.values()]
+            x, y, low, high = (
+                100 * np.mean([x[k][0] for x in c]) for k in ("id", "er", "lo", "hi")
+            )
+            numbers.append((s, name, x, y, low, high))
+            if name in named:
+                i = named.index(name)
+                look = {
+                    "fmt": "osD^"[i % 4],
+                    "ms": 4,
+                    "lw": 0.8,
+                    "label": name,
+                    "color": f"C{i % 10}",
+                }
+                axis.errorbar(x, y, [[y - low], [high - y]], **look)
+            else:
+                axis.plot(x, y, ".", color="0.75")
+        axis.set(xlabel="ID accuracy, %", ylabel="ER, points [95 %]")
+        axis.set_title(f"effective robustness, {s if s != 'mean' else 'mean of all shifts'}")
+    axes[0].legend(fontsize=6)
+    header = ["shift", "method", "id", "er", "lo", "hi"]
+    common.save_figure(fig, f"{config.out}/figures/er_methods", header, numbers)
+
+
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     known = {"strategies": strategies, "difficulty": difficulty}
@@ -261,6 +298,7 @@ def main(argv=None):
     for s in (shift, "mean"):
         if axis == "methods":
             print_points(groups, shift)
+            figure_points(config, groups, shift)
             break
         print_at(groups, s)
     return groups
