@@ -15,7 +15,7 @@ the radius that it had before the step.
               Alg. 1, 2                          AdamSPD
     Sec. 4    image classification               main
 
-    python spd.py                   # embedded digits, 3 minutes
+    python spd.py                   # embedded digits, 4.5 minutes; SPD: ID 94, shifts 71
     python spd.py --data /imagenet  # CLIP ViT-B/16; not measured by us
 
 AdamSPD needs nothing but torch: copy this file into another project and import it there. Beside
