@@ -16,7 +16,7 @@ projection near orthonormal for the second, and learns from a slow average of it
     Sec. 5  Tabs. 2, 3, Figs. 1, 6, B                  evaluate, figure
             Tabs. 4, 5, A, Figs. 4, 5                  studies/carot_ablations.py
 
-    python carot.py                   # embedded digits, 4-5 minutes; CaRot: ID 93, shifts 75
+    python carot.py                   # embedded digits, 3 minutes; CaRot: ID 93, shifts 75
     python carot.py --data /imagenet  # CLIP ViT-B/16; not measured by us; paper: shifts 62.55
 
 Differs from the paper (P) or the authors' code (C); the README has reasons under the same IDs:
