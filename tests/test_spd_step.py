@@ -207,6 +207,20 @@ def test_same_bits_for_any_number_of_threads_and_any_instruction_set(monkeypatch
     assert all(result == results[0] for result in results)
 
 
+def test_the_three_sums_are_those_of_fp64_up_to_the_rounding_of_their_terms():
+    generator = torch.Generator().manual_seed(0)
+    anchor, grad = torch.randn(2, 100_003, generator=generator) * 0.02
+    before = anchor + 1e-3 * torch.randn(100_003, generator=generator)
+    after, zeros = before.clone(), torch.zeros(2, 100_003)
+    sums = torch.zeros(1, 3, dtype=torch.float64)
+    options = dict(step=1, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, spd_lambda=0.0, sums=sums)
+    kernels().spd_step([after], [anchor], [grad], [zeros[0]], [zeros[1]], **options)
+    w, w0, new, g = (x.double() for x in (before, anchor, after, grad))
+    terms = torch.stack([g * (w - w0), (w - w0) ** 2, (new - w) * (2 * (w - w0) + new - w)])
+    error = (sums[0] - terms.sum(1)).abs() / terms.abs().sum(1)
+    assert (error <= 2**-20).all() and (terms.sum(1) != 0).all()
+
+
 def test_a_tensor_larger_than_the_cache_group_is_projected_whole():
     kernels()
     size, params = 1_600_003, []
