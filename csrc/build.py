@@ -221,6 +221,8 @@ class Kernels:
             fits = (sums.dtype, tuple(sums.shape), sums.device) == right and sums.is_contiguous()
             check(fits, op, "sums", expected, got)
         tensors, scalars = table_of(lists), (*betas, eps, spd_lambda)
+        for changed in (params, exp_avgs, exp_avg_sqs):  # so that autograd notices, as for x.add_()
+            torch.autograd.graph.increment_version(changed)
         if device.type == "cuda":
             step, lr = (torch.full((), x, dtype=torch.float32, device=device) for x in (step, lr))
             report = spd_step_cuda(self.module, tensors, device, step, lr, *scalars)

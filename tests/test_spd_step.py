@@ -312,6 +312,15 @@ def test_wrong_arguments_are_refused_by_name(change, words):
     assert words in str(problem.value) and "spd_step" in str(problem.value)
 
 
+def test_autograd_refuses_a_graph_whose_weights_were_stepped_since(path):
+    param = torch.nn.Parameter(torch.ones(9))
+    optimizer, loss = AdamSPD([param], fused=path), (param * param).sum()
+    param.grad = torch.ones(9)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_no_tensors_is_legal():
     call(kernels(), params=[], anchors=[], grads=[], exp_avgs=[], exp_avg_sqs=[])
 
