@@ -289,13 +289,15 @@ def captions(clip, data):
 
 
 def pairs_from(config, split, clip, tokens, seed, first):
-    """Yield (images, captions) from step `first`: (image, template) drawn without replacement from
-    all T N of them, so that an epoch of N pairs has some images twice and others not at all.
+    """Yield (images, captions, index) from step `first`: (image, template) drawn without
+    replacement from all T N of them, so that an epoch of N pairs has some images twice and others
+    not at all.
 
     On ImageNet the order of the 102.5 M pairs takes 0.8 GB.
     """
     n, T = len(split.labels), tokens.shape[1]
     order = common.batches(n * T, config.batch, common.steps_of(config, n), seed, first)
+    order = map(common.mine, order)
     drawn, order = itertools.tee(order)
     order = ([(pair // T, crop) for pair, crop in rows] for rows in order)
     transform = common.train_transform(clip.size, clip.mean, clip.std)
@@ -305,8 +307,9 @@ def pairs_from(config, split, clip, tokens, seed, first):
             continue
         images, labels, index = batch
         read = set(index.tolist())  # --skip-bad-images leaves some out
-        template = torch.tensor([pair % T for pair, _ in rows if pair // T in read])
-        yield images, tokens[labels, template]
+        template = [pair % T for pair, _ in rows if pair // T in read]
+        texts = tokens[labels, torch.tensor(template, dtype=torch.int64)]
+        yield images, texts if len(texts) else tokens[0, :1], index
 
 
 def fine_tune(config, name, clip, data, seed, mcl=1.0, oc=0.0, sd=0.0, cross=0.0):
@@ -324,7 +327,9 @@ def fine_tune(config, name, clip, data, seed, mcl=1.0, oc=0.0, sd=0.0, cross=0.0
         raise common.InputError(f"--micro-batch with {clip.name}: {reason}")
 
     def logits_of(model, batch):
-        f, g = encode(model, *batch, config.micro_batch)
+        images, texts, index = batch
+        f, g = encode(model, images, texts, config.micro_batch)
+        f, g = (common.gather(x, len(index)) for x in (f, g))
         with torch.autocast(device.type, enabled=False):
             return similarity(f, g, model.logit_scale.exp())
 

@@ -1,7 +1,7 @@
 """What the four method scripts share; whatever has an equation number stands in its paper's script.
 
 Sections, in the order in which a script uses them:
-command line / CLIP / data / train / predict / metrics / results / kernels.
+command line / processes / CLIP / data / train / predict / metrics / results / kernels.
 
 Shapes, in every file: B batch, N samples, C classes, D features, M stored failures, T templates.
 `config` is a script's Config: the functions here read only the fields that all scripts have.
@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -80,6 +81,7 @@ def begin(Config, argv, doc, presets):
     tiny = {"model": "tiny_clip", "weights": str(EMBEDDED / "tiny_clip.npz")}
     presets = presets | {"digits": tiny | presets.get("digits", {})}
     config = parse(Config, argv, doc)
+    join(config.device)
     if not config.out or os.path.isfile(config.out):
         raise InputError(f"--out {config.out!r}: expected a folder, new or old")
     data = open_data(config.data, config.val_fraction, config.selection, config.seed)
@@ -116,6 +118,8 @@ def run(main):
     """Call a script's main: an InputError becomes its sentence and exit code 2, Ctrl-C 130."""
     try:
         main()
+        if world() > 1:
+            dist.destroy_process_group()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -139,6 +143,8 @@ def pick_device(name="auto"):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         tensor = torch.zeros(1, device=name)
         tensor.item()  # "meta" has no numbers to give
@@ -153,6 +159,8 @@ def set_seed(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    if world() > 1 and torch.cuda.is_available():  # dropout differs between GPUs, nothing else
+        torch.cuda.manual_seed(seed + rank())
 
 
 def hash_of(*things):
@@ -179,6 +187,123 @@ def hash_of(*things):
 
     add(things)
     return digest.hexdigest()[:20]
+
+
+# --- processes ------------------------------------------------------------------------------------
+# Under `torchrun --nproc-per-node N` every process runs the script on its part of every batch.
+# Losses are computed from the gathered outputs of the whole batch: those of one process.
+
+
+def rank():
+    return dist.get_rank() if world() > 1 else 0
+
+
+def world():
+    """Number of processes; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join(device):
+    """Meet torchrun's other processes, if it started this one. Only rank 0 prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world() > 1:
+        return
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    print(f"{world()} processes")
+
+
+def mine(rows):
+    """This process's part of a list, array or tensor: one of `world()` consecutive runs."""
+    n, w, r = len(rows), world(), rank()
+    return rows[n * r // w : n * (r + 1) // w]
+
+
+def gather(x, rows=None):
+    """The first `rows` rows of x (default all), of every process, in their order; differentiable.
+
+    A loss of the result is the whole batch's on every process. Its gradients are summed over the
+    processes here and averaged over them by DistributedDataParallel, which makes them the loss's.
+    """
+    return x if world() == 1 else Gather.apply(x[:rows].contiguous())
+
+
+def own(x, rows):
+    """Of a gathered x this process's `rows` rows."""
+    if world() == 1:
+        return x
+    first = sum(Gather.sizes(rows, x.device)[: rank()])
+    return x[first : first + rows]
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def sizes(n, device):
+        out = torch.zeros(world(), dtype=torch.int64, device=meeting_place(device))
+        out[rank()] = n
+        dist.all_reduce(out)
+        return out.tolist()
+
+    @staticmethod
+    def forward(ctx, x):
+        sizes = Gather.sizes(len(x), x.device)
+        ctx.part = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
+        padded = x.new_zeros(max(sizes), *x.shape[1:], device=meeting_place(x.device))
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)]).to(x.device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.part]
+
+
+def meeting_place(device):
+    """nccl moves GPU memory only."""
+    return torch.device("cuda") if dist.get_backend() == "nccl" else device
+
+
+def everywhere(flag):
+    """Whether it is true of all processes."""
+    if world() == 1:
+        return flag
+    least = torch.tensor(int(flag), device=meeting_place(torch.device("cpu")))
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return bool(least)
+
+
+def same_random_numbers():
+    """Rank 0's state of torch's CPU generator, for everyone: what follows is drawn alike."""
+    if world() > 1:
+        state = torch.get_rng_state().to(meeting_place(torch.device("cpu")))
+        dist.broadcast(state, 0)
+        torch.set_rng_state(state.cpu())
+
+
+class Loss(nn.Module):
+    """A loss as the forward pass of a module, as DistributedDataParallel wants it."""
+
+    def __init__(self, module, loss_fn):
+        super().__init__()
+        self.module, self.loss_fn = module, loss_fn
+
+    def forward(self, batch):
+        return self.loss_fn(batch)
+
+
+def in_parallel(module, loss_fn, trained):
+    """loss_fn, with gradients averaged over the processes."""
+    if world() == 1:
+        return loss_fn
+    unused = len(trained) < sum(p.requires_grad for p in module.parameters())
+    wrap = nn.parallel.DistributedDataParallel
+    return wrap(Loss(module, loss_fn), find_unused_parameters=unused)
 
 
 # --- CLIP -----------------------------------------------------------------------------------------
@@ -571,7 +696,11 @@ def batches(n, batch, steps, seed, first=0):
 
 
 def load_images(split, transform, order, config):
-    """Yield (images [B, 3, H, W], labels [B], index [B]) for every list of (index, seed)."""
+    """Yield (images [B, 3, H, W], labels [B], index [B]) for every list of (index, seed).
+
+    None where no image of a list could be read; with several processes, which must keep step, one
+    black image and no labels.
+    """
     context = torch.multiprocessing.get_context("forkserver")  # fork and threads hang
     context.set_forkserver_preload(["torchvision.transforms"])  # imported once, not by each worker
     images = torch.utils.data.DataLoader(
@@ -584,7 +713,13 @@ def load_images(split, transform, order, config):
         multiprocessing_context=context if config.workers else None,
     )
     try:
-        yield from images
+        for batch in images:
+            if batch is None and world() > 1:
+                from PIL import Image
+
+                none = torch.empty(0, dtype=torch.int64)
+                batch = transform(Image.new("RGB", (8, 8)))[None], none, none
+            yield batch
     except InputError as error:  # a worker process wraps the sentence in its traceback
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
 
@@ -643,14 +778,13 @@ def fit(
     else to keep in it (numbers, strings). probe(n) is called when n steps are done, 0 included.
     Raises InputError when the loss is not finite.
     """
-    from tqdm import tqdm
-
     device = next(module.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     first = restore(path, module, optimiser, scaler, steps, name) if path and resume else 0
     trained = [p for group in optimiser.param_groups for p in group["params"]]
+    loss_of, stop = in_parallel(module, loss_fn, trained), False
     module.train()
-    with ctrl_c() as asked, tqdm(total=steps, initial=first, desc=name, leave=False) as bar:
+    with ctrl_c() as asked, progress(total=steps, initial=first, desc=name) as bar:
         for step, batch in enumerate(batches_from(first) if first < steps else (), first):
             if probe and step == first:
                 probe(first)
@@ -660,7 +794,7 @@ def fit(
                 group["lr"] = base * warmup_cosine(step, warmup, steps)
             if batch is not None:  # None: not one image of the batch was readable
                 with autocast(device, precision):
-                    loss = loss_fn(to_device(batch, device))
+                    loss = loss_of(to_device(batch, device))
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimiser)
                 if clip:
@@ -670,7 +804,9 @@ def fit(
                 optimiser.zero_grad(set_to_none=True)
             bar.update()
             done = step + 1
-            save = done == steps or asked[0] or (save_every and done % save_every == 0)
+            if step % 10 == 0 or world() == 1:
+                stop = not everywhere(not asked[0])
+            save = done == steps or stop or (save_every and done % save_every == 0)
             if probe:
                 probe(done)
                 module.train()
@@ -680,7 +816,7 @@ def fit(
                     kept = f"; {path} is from before" if path and Path(path).is_file() else ""
                     cure = "lower the learning rate, or use --precision fp32"
                     raise InputError(f"{name}: the loss is {value} at step {step}; {cure}{kept}")
-                rate = len(batch[0]) * (bar.format_dict["rate"] or 0)
+                rate = world() * len(batch[0]) * (bar.format_dict["rate"] or 0)
                 bar.set_postfix_str(f"loss {value:.3f}, lr {group['lr']:.1e}, {rate:.0f} images/s")
             if save and path:
                 payload = {
@@ -693,11 +829,20 @@ def fit(
                     payload |= {"optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
                     payload |= {"rng": torch.get_rng_state(), "rng_device": device_rng(device)}
                 try_write(path, functools.partial(torch.save, payload))
-            if asked[0] and done < steps:
+            if stop and done < steps:
                 raise KeyboardInterrupt
     if first < steps and done < steps:
         raise InputError(f"{name}: the data ended at step {done} of {steps}; are images missing?")
+    for buffer in module.buffers() if world() > 1 else ():  # BatchNorm's statistics: rank 0's
+        dist.broadcast(buffer, 0)
     module.eval()
+
+
+def progress(*args, **options):
+    """tqdm's bar, of rank 0 only."""
+    from tqdm import tqdm
+
+    return tqdm(*args, leave=False, disable=rank() > 0, **options)
 
 
 def device_rng(device):
@@ -707,7 +852,7 @@ def device_rng(device):
 
 def restore(path, module, optimiser, scaler, steps, name):
     """Read a checkpoint of `fit`, if there is one; returns the number of finished steps."""
-    if not Path(path).is_file():
+    if not everywhere(Path(path).is_file()):
         return 0
     saved = load_tensors(path)
     if saved.get("steps") != steps:
@@ -737,10 +882,14 @@ def fine_tune(
 
     def batches_from(first):
         order = batches(n, config.batch, steps_of(config, n), seed, first)
-        return load_images(split, transform, order, config)
+        return load_images(split, transform, map(mine, order), config)
 
     def loss_fn(batch):
-        return loss_of(*batch[:2]) if loss_of else F.cross_entropy(model(batch[0])[1], batch[1])
+        images, labels = batch[:2]
+        if loss_of:
+            return loss_of(images, labels)
+        rows = len(labels)
+        return F.cross_entropy(gather(model(images)[1], rows), gather(labels))
 
     args = config, name, model, model, loss_fn, batches_from, n, split, clip, lr, seed
     train_by(*args, optimiser, probe, also)
@@ -753,11 +902,12 @@ def linear_probe(config, name, model, split, clip, lr, seed, probe=None):
 
     def batches_from(first):
         for rows in batches(n, config.batch, steps_of(config, n), seed, first):
-            index = torch.tensor([i for i, _ in rows])
-            yield features[index], labels[index]
+            index = torch.tensor([i for i, _ in mine(rows)], dtype=torch.int64)
+            kept = index if len(index) else torch.tensor([0])  # DDP wants a pass of every process
+            yield features[kept], labels[index]
 
     def loss_fn(batch):
-        return F.cross_entropy(model.classify(batch[0]), batch[1])
+        return F.cross_entropy(gather(model.classify(batch[0]), len(batch[1])), gather(batch[1]))
 
     args = config, name, model, model.head, loss_fn, batches_from, n, split, clip, lr, seed
     train_by(*args, probe=probe)
@@ -820,6 +970,8 @@ def try_write(path, write):
 
     A full disk or a read-only folder costs the file and not the run, and is said.  -> written?
     """
+    if rank():
+        return False
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -870,24 +1022,26 @@ def forward(config, models, split, clip):
     Yields, in index order and on the CPU in fp32, (index [B], labels [B], {name: (raw features
     [B, D], logits of the split's classes [B, C])}).
     """
-    from tqdm import tqdm
-
     device = next(next(iter(models.values())).parameters()).device
-    n, b = len(split.labels), config.batch
+    n, b = len(split.labels), config.batch * world()
     order = [[(j, 0) for j in range(i, min(i + b, n))] for i in range(0, n, b)]
     transform, unread = eval_transform(clip.size, clip.mean, clip.std), set(range(n))
     for model in models.values():
         model.eval()
-    images_of = load_images(split, transform, order, config)
-    for batch in tqdm(images_of, split.name, len(order), unit="batch", leave=False, delay=2):
+    images_of = load_images(split, transform, map(mine, order), config)
+    for batch in progress(images_of, split.name, len(order), unit="batch", delay=2):
         if batch is None:
             continue
         images, labels, index = to_device(batch, device)
-        out = {}
+        out, rows = {}, len(labels)
         with autocast(device, config.precision):
             for name, model in models.items():
                 features, logits = model(images)
-                out[name] = features.float().cpu(), project(logits, split.groups).cpu()
+                parts = features.float(), project(logits, split.groups)
+                out[name] = tuple(gather(x, rows).cpu() for x in parts)
+        labels, index = gather(labels), gather(index)
+        if not len(index):
+            continue
         unread -= set(index.tolist())
         yield index.cpu(), labels.cpu(), out
     if unread:
@@ -970,13 +1124,12 @@ def cache_path(config, name, key):
 
 def read_cache(path):
     """The cached dict, or None: a missing or damaged cache costs time, not the run."""
-    if not path.is_file():
-        return None
+    value = None
     try:
-        return load_tensors(path)
+        value = load_tensors(path) if path.is_file() else None
     except InputError as error:
         print(f"cache: {error}; computing it anew", file=sys.stderr)
-        return None
+    return value if everywhere(value is not None) else None  # else some would wait for the others
 
 
 def slug(text):
@@ -1133,6 +1286,8 @@ def write_results(config, device, rows):
         splits = {s: {"right": k, "n": n, "wilson95": wilson(k, n)} for s, (k, n) in counts.items()}
         lines.append(json.dumps({**row, "right": splits, "run": run}))
     path = Path(config.out) / "results.jsonl"
+    if rank():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:

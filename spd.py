@@ -462,8 +462,11 @@ def train(config, name, data, clip, start, make, seed):
     mix = mixing(config, len(data.classes))
 
     def loss_of(images, labels):
-        images, targets = mix(images, labels)
-        return F.cross_entropy(model(images)[1], targets, label_smoothing=config.smoothing)
+        rows = len(labels)
+        whole, targets = mix(common.gather(images, rows), common.gather(labels))
+        images = common.own(whole, rows) if rows else images  # none: a black image
+        logits = common.gather(model(images)[1], rows)
+        return F.cross_entropy(logits, targets, label_smoothing=config.smoothing)
 
     said = f"{name}, seed {seed}"
     options = {"optimiser": optimiser, "loss_of": loss_of, "probe": probe, "also": recipe}
@@ -482,7 +485,15 @@ def mixing(config, classes):
 
     given = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in given if alpha]
-    return v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
+    choose = v2.RandomChoice(mixes) if mixes else None
+
+    def mix(images, labels):
+        if choose is None:
+            return images, labels
+        common.same_random_numbers()
+        return choose(images, labels)
+
+    return mix
 
 
 def add_drop_path(visual, rate):

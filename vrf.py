@@ -294,9 +294,10 @@ def make_pairs(config, study, method, V, k):
         v = F.normalize(of["ZS" if config.features == "zs" else method].features, dim=1)
         # Differs (A1): the paper writes the plain distance, but its a and b fit the squared one
         if kernels:  # kth_distance, faster
-            d = kernels.knn_kth_distance(v, V, k) ** (2 if squared else 1)
+            d = kernels.knn_kth_distance(common.mine(v), V, k) ** (2 if squared else 1)
         else:
-            d = kth_distance(v.to(device), V.to(device), k, squared).cpu()
+            d = kth_distance(common.mine(v).to(device), V.to(device), k, squared).cpu()
+        d = common.gather(d)
         pairs[split] = Pair(of["ZS"].logits, of[method].logits, T, d, of[method].labels)
     return pairs
 

@@ -536,7 +536,7 @@ def test_half_precision_training_in_pieces_follows_fp32(precision, clip, tmp_pat
 def drawn(config, split, clip, tokens, first=0):
     """[(digest of the image's pixels, class, template)] of every step."""
     steps = []
-    for images, texts in carot.pairs_from(config, split, clip, tokens, 0, first):
+    for images, texts, _ in carot.pairs_from(config, split, clip, tokens, 0, first):
         rows = [(tokens == t).all(-1).nonzero()[0].tolist() for t in texts]
         steps.append([(common.hash_of(i), *r) for i, r in zip(images, rows, strict=True)])
     return steps
