@@ -30,7 +30,6 @@ E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import io
 import math
@@ -49,15 +48,11 @@ from scipy.stats import linregress
 
 import common
 from common import arg
-from data import testbeds
+from data import testbeds, trajectories
 
 KINDS = ("zero-shot", "new-head", "head-only", "random")  # what a trajectory starts from
 # Differs (E6): App. B.1 has SGD with momentum 0.9, weight decay 1e-4, 100 or 250 epochs
 PRESETS = {"digits": {"epochs": 8, "batch": 64, "warmup": 38}}  # as vrf.py's
-COLUMNS = (
-    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
-    "k_nobody,n_nobody,beta,er,er_lo,er_hi,extrapolated"
-).split(",")
 
 
 @dataclass
@@ -234,8 +229,8 @@ def score(bench, classify, inputs):
 
 
 def measure(bench, run, right):
-    """Rows (dicts of COLUMNS) of one checkpoint: its ER on every shift, and their mean, which has
-    an interval of its own. ID and OOD accuracies are of the same weights.
+    """Rows of one checkpoint, as in data/trajectories.py: its ER on every shift, and their mean,
+    which has an interval of its own. ID and OOD accuracies are of the same weights.
     """
     rows, drawn = [], []
     for ood, line in bench.lines.items():
@@ -257,38 +252,6 @@ def measure(bench, run, right):
     mean = {"shift": "mean", "er": np.mean([r["er"] for r in rows]), "er_lo": low, "er_hi": high}
     same = {c: rows[0][c] for c in ("k_id", "n_id", "k_val", "n_val", "extrapolated")}
     return [*rows, {**run, **same, **mean}]
-
-
-def append(path, rows):
-    """Rows to a trajectory file, on disk before this returns: a crash loses one evaluation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or not path.stat().st_size
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            out.writeheader()
-        out.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_rows(path, shifts=None):
-    """Rows of a trajectory file, numbers as numbers. With `shifts` (their number), only whole
-    evaluations: of one that a crash cut short nothing is used.
-    """
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["extrapolated"]]
-    steps = [r["step"] for r in rows]
-    rows = [r for r in rows if not shifts or steps.count(r["step"]) == shifts + 1]
-
-    def number(name, text):
-        if name in ("run", "model", "init", "shift") or text == "":
-            return text
-        return int(text) if text.isdigit() else float(text)
-
-    return [{name: number(name, text) for name, text in r.items()} for r in rows]
 
 
 def cadence(per_epoch, epochs):
@@ -352,38 +315,31 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
     key += [bench.testbed.models, bench.testbed.k, config.draws, run, clip.key]
     key += [[getattr(config, f) for f in ("epochs", "batch", "weight_decay", "warmup", "clip")]]
     file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
-    path, steps = Path(config.out) / "trajectories" / file, cadence(per_epoch, epochs)
-    for resume in (config.resume, False):  # a checkpoint whose trajectory was lost: once more
-        rows = read_rows(path, len(bench.lines)) if resume else []
-        if path.exists() and len(path.read_text().splitlines()) != len(rows) + 1:
-            path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
-            append(path, rows)
-        known, model = {int(r["step"]) for r in rows}, copy.deepcopy(start)
-        if known >= set(steps):
-            break
-        inputs, classify = bench.images, lambda x, model=model: model(x)[1]
+    path = Path(config.out) / "trajectories" / file
+
+    def attempt(probe, resume):
+        again, model = dataclasses.replace(config, resume=resume), copy.deepcopy(start)
+        inputs, classify = bench.images, lambda x: model(x)[1]
         if kind == "head-only":
             split = bench.splits.items()
             inputs = {s: common.frozen_features(config, model, x, clip)[0] for s, x in split}
             classify = model.classify
 
-        def probe(done, model=model, known=known, inputs=inputs, classify=classify):
-            if done in steps and done not in known:
-                model.eval()
-                at = {"step": done, "epoch": done / per_epoch}
-                append(path, measure(bench, run | at, score(bench, classify, inputs)))
-                known.add(done)
+        def at(done):
+            model.eval()
+            probe(done, lambda: score(bench, classify, inputs))
 
-        config.resume = resume
-        args = config, name, model, data.train, clip, lr, seed
+        args = again, name, model, data.train, clip, lr, seed
         if kind == "head-only":
-            common.linear_probe(*args, probe=probe)
-        else:
-            also = {"loss": name} if loss else None
-            common.fine_tune(*args, probe=probe, also=also, loss_of=loss(model) if loss else None)
-        if known >= set(steps):
-            break
-    return path
+            return common.linear_probe(*args, probe=at)
+        also = {"loss": name} if loss else None
+        common.fine_tune(*args, probe=at, also=also, loss_of=loss(model) if loss else None)
+
+    def rows_at(done, right):
+        return measure(bench, run | {"step": done, "epoch": done / per_epoch}, right)
+
+    steps = cadence(per_epoch, epochs)
+    return trajectories.record(path, steps, len(bench.lines), rows_at, attempt, config.resume)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -448,7 +404,7 @@ def main(argv=None):
         paths = together(config, sys.argv[1:] if argv is None else argv, runs)
     else:
         paths = [follow(config, *world, bench, *run) for run in runs]
-    rows = [r for path in paths for r in read_rows(path, len(bench.lines))]
+    rows = [r for path in paths for r in trajectories.read(path, len(bench.lines))]
     return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws)
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
 import er_study  # noqa: E402
-from data import scratch  # noqa: E402
+from data import scratch, trajectories  # noqa: E402
 from studies import er_report  # noqa: E402
 
 AT = (0.8, 0.85, 0.9, 0.92, 0.94)  # ID accuracies of every comparison
@@ -77,14 +77,14 @@ def mixed(config, data, clip, zero_shot, bench, seed):
     name = f"weights mixed, seed {seed}"
     file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
     path = Path(config.out) / "trajectories" / file
-    done = {r["step"] for r in er_study.read_rows(path, len(bench.lines))}
+    done = {r["step"] for r in trajectories.read(path, len(bench.lines))}
     between, run = copy.deepcopy(zero_shot), {"run": name, "model": config.model}
     for step in set(range(11)) - done:
         weights = vrf.wse(zero_shot.state_dict(), model.state_dict(), step / 10)
         between.load_state_dict(weights)
         right = er_study.score(bench, lambda x: between.eval()(x)[1], bench.images)
         at = {"init": "zero-shot", "lr": RATE, "seed": seed, "step": step, "epoch": step / 10}
-        er_study.append(path, er_study.measure(bench, run | at, right))
+        trajectories.append(path, er_study.measure(bench, run | at, right))
     return path
 
 
@@ -157,15 +157,17 @@ def difficulty(config, data, clip, zero_shot, bench, seed):
 # --- pre-training ---------------------------------------------------------------------------------
 
 
-def pretraining(config, data, clip, zero_shot, bench, seed, steps=400):
-    """E5, E6: CLIPs of `steps` steps on fewer images, or on fewer domains; each fine-tuned with a
-    new head, so that all start at chance. About 2 CPU minutes of pre-training each.
+def pretraining(config, data, clip, zero_shot, bench, seed, steps=300):
+    """E5, E6: no pre-training (er_study.py's random start), and CLIPs of `steps` steps on fewer
+    images, or as many of fewer domains; each fine-tuned with a new head, so that all start at
+    chance.
     """
     from data import pretrain
 
     settings = {"128 images": (None, 128), "1024 images": (None, 1024), "8192 images": (None, 8192)}
     settings |= {"2 domains": (2, 8192), "5 domains": (5, 8192)}
-    paths = []
+    none = "random", config.lr_random, config.epochs_random, seed
+    paths = [er_study.follow(config, data, clip, zero_shot, bench, *none)]
     for name, (domains, size) in settings.items():
         weights = Path(config.out) / "pretrained" / f"{common.slug(name)}-{steps}-{seed}.npz"
         if not weights.is_file():
@@ -202,7 +204,7 @@ def methods(config, data, clip, zero_shot, bench, seed):
         run = {"run": f"{row['method']}, seed {seed}", "model": config.model, "init": "zero-shot"}
         right = {s: r.numpy() for s, r in row["right"].items()}
         at = {"lr": 0, "seed": seed, "step": 0, "epoch": 0}
-        er_study.append(path, er_study.measure(bench, run | at, right))
+        trajectories.append(path, er_study.measure(bench, run | at, right))
     return [path]
 
 
@@ -292,7 +294,7 @@ def main(argv=None):
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         for path in known[axis](config, *world, bench, seed):
-            rows += er_study.read_rows(path, None if axis == "methods" else len(bench.lines))
+            rows += trajectories.read(path, None if axis == "methods" else len(bench.lines))
     groups, shift = er_report.by_run(rows), er_report.best_line(bench.lines)
     er_report.print_lines(bench.testbed, bench.lines, bench.redraws)
     for s in (shift, "mean"):

@@ -16,7 +16,7 @@ from scipy.special import logit
 
 import common
 import er_study
-from data import testbeds
+from data import testbeds, trajectories
 
 STORY = {
     "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
@@ -35,10 +35,9 @@ def curve(rows, shift):
     parts = []
     for s in shifts if shift == "mean" else [shift]:
         own = sorted((r for r in rows if r["shift"] == s), key=lambda r: r["step"])
-        c = {
-            name: np.array([r[name] for r in own])
-            for name in er_study.COLUMNS[5:7] + er_study.COLUMNS[8:-1]
-        }
+        counts = [c for c in trajectories.COLUMNS if c.startswith(("k_", "n_"))]
+        names = "step", "epoch", "beta", *counts
+        c = {name: np.array([r[name] for r in own]) for name in names}
         rest = (c["k_ood"] - c["k_half"]) / (c["n_ood"] - c["n_half"])
         ood = c["k_ood"] / c["n_ood"]
         part = {
@@ -258,5 +257,5 @@ def replay(config):
         raise common.InputError(f"--plot {config.plot}: no trajectories, or no testbed.csv by them")
     testbed = testbeds.read_counts(beds[0])
     found = {ood: er_study.baseline(testbed, ood) for ood in testbed.id_of}
-    rows = [r for p in paths if p.name != "testbed.csv" for r in er_study.read_rows(p, len(found))]
+    rows = [r for p in paths if p.name != "testbed.csv" for r in trajectories.read(p, len(found))]
     return report(config, testbed, found, rows)

@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 
 import common
 import er_study
-from data import scratch, testbeds
+from data import scratch, testbeds, trajectories
 from studies import er_axes, er_published, er_report
 
 
@@ -363,8 +363,8 @@ def test_a_run_is_evaluated_at_the_start_log_spaced_in_epoch_one_and_then_by_epo
 
 
 def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path):
-    rows = er_study.read_rows(path, 2)
-    assert list(rows[0]) == er_study.COLUMNS
+    rows = trajectories.read(path, 2)
+    assert list(rows[0]) == trajectories.COLUMNS
     assert [r["shift"] for r in rows[:3]] == ["Scan", "UCI", "mean"]
     assert sorted({r["step"] for r in rows}) == er_study.cadence(3, 2)
     for r in rows:
@@ -378,7 +378,7 @@ def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path):
 
 def test_step_zero_is_the_zero_shot_model_and_id_and_ood_are_of_the_same_weights(world, path):
     config, data, clip, zero_shot, _ = world
-    row = er_study.read_rows(path, 2)[1]
+    row = trajectories.read(path, 2)[1]
     for split, k in ((data.test, "k_id"), (data.val, "k_val"), (data.shifts[1], "k_ood")):
         assert common.predict(config, {"": zero_shot}, split, clip)[""].right.sum() == row[k]
 
@@ -388,7 +388,7 @@ def test_replay_of_the_files_says_what_the_live_run_said(world, path):
     found = {s: er_study.baseline(bed, s) for s in bed.id_of}
     live = io.StringIO()
     with contextlib.redirect_stdout(live):
-        er_report.report(config, bed, found, er_study.read_rows(path, 2))
+        er_report.report(config, bed, found, trajectories.read(path, 2))
     pattern = path.parent / "zero-shot-lr-0-001-seed-0-*.csv"
     _, text = run("--plot", pattern, "--out", config.out)
     assert text == live.getvalue() and "2. " not in text  # none of the runs that it tells of
@@ -401,8 +401,8 @@ def test_poisoned_labels_of_the_shifts_change_no_training_and_no_choice(world, p
     data = copy.deepcopy(world[1])
     for s in data.shifts:
         s.labels = (s.labels + 1) % 10
-    poisoned = er_study.read_rows(follow(world, out=tmp_path, data=data), 2)
-    plain = er_study.read_rows(path, 2)
+    poisoned = trajectories.read(follow(world, out=tmp_path, data=data), 2)
+    plain = trajectories.read(path, 2)
     for name in ("step", "k_id", "k_val", "beta", "extrapolated"):
         assert [r[name] for r in poisoned] == [r[name] for r in plain]
     assert [r["k_ood"] for r in poisoned] != [r["k_ood"] for r in plain]
@@ -430,7 +430,7 @@ def test_a_crash_loses_one_evaluation_and_the_same_command_goes_on(
         patch.setattr(er_study, "measure", dies)
         follow(world, out=tmp_path)
     (part,) = tmp_path.glob("trajectories/*.csv")
-    assert len(er_study.read_rows(part, 2)) == 9
+    assert len(trajectories.read(part, 2)) == 9
     text = part.read_text()
     part.write_text(text + text.splitlines()[1][:30])  # cut short while writing
     assert follow(world, out=tmp_path) == part
@@ -448,7 +448,7 @@ def test_a_finished_trajectory_is_not_trained_again_and_a_lost_one_is(world, pat
 
 def test_the_head_alone_is_followed_on_frozen_features_as_the_whole_model_would_be(world):
     config, data, clip, zero_shot, bed = world
-    rows = er_study.read_rows(follow(world, "head-only", 0.1), 2)
+    rows = trajectories.read(follow(world, "head-only", 0.1), 2)
     model = er_study.start_of(config, data, clip, zero_shot, "head-only", 0)
     right = common.predict(config, {"": model}, data.shifts[0], clip)[""].right
     assert rows[0]["k_ood"] == right.sum()
@@ -644,7 +644,7 @@ def test_strategies_are_compared_at_equal_id_accuracy(world, path, monkeypatch, 
     bench = er_study.make_bench(config, data, clip, bed)
     monkeypatch.setattr(er_axes, "RATE", 1e-3)  # that of `path`, which is not trained again
     (mixed,) = [er_axes.mixed(config, data, clip, zero_shot, bench, 0)]
-    rows, trained = er_study.read_rows(mixed, 2), er_study.read_rows(path, 2)
+    rows, trained = trajectories.read(mixed, 2), trajectories.read(path, 2)
     c, plain = er_report.curve(rows, "UCI"), er_report.curve(trained, "UCI")
     assert c["epoch"].tolist() == [i / 10 for i in range(11)]
     for name in ("id", "ood"):  # the ends are the zero-shot and the fine-tuned model
