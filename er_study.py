@@ -202,20 +202,26 @@ class Bench:
     nobody: dict  # shift -> bool [N], images that no testbed model gets right
 
 
-def make_bench(config, data, clip, testbed):
+def make_bench(config, testbed, splits, images=None):
+    half, nobody, found = {}, {}, {}
+    for ood in testbed.id_of:
+        n = len(splits[ood].labels)
+        half[ood] = np.random.default_rng(0).permutation(n) < n // 2
+        right = testbed.right.get(ood)  # None: the testbed is known by counts alone
+        nobody[ood] = np.zeros(n, bool) if right is None else nobody_right(right)
+        found[ood] = baseline(testbed, ood)
+    redraws = testbeds.redraw(testbed, config.draws)
+    return Bench(testbed, found, redraws, splits, images, half, nobody)
+
+
+def in_memory(data, clip):
+    """The splits that a run is evaluated on, by name, and their images as tensors."""
     splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
     transform, images = common.eval_transform(clip.size, clip.mean, clip.std), {}
     for name, split in splits.items():
         read = common.Images(split, transform)
         images[name] = torch.stack([read[i, 0][0] for i in range(len(read))])
-    half, nobody, found = {}, {}, {}
-    for ood in testbed.id_of:
-        n = testbed.n[ood]
-        half[ood] = np.random.default_rng(0).permutation(n) < n // 2
-        nobody[ood] = nobody_right(testbed.right[ood])
-        found[ood] = baseline(testbed, ood)
-    redraws = testbeds.redraw(testbed, config.draws)
-    return Bench(testbed, found, redraws, splits, images, half, nobody)
+    return splits, images
 
 
 @torch.inference_mode()
@@ -353,7 +359,8 @@ def prepare(argv=None):
     if config.quick:
         config.lr, config.epochs, config.epochs_random = "2e-4", 2, 1
     clip, zero_shot = common.zero_shot(config, data)
-    bench = make_bench(config, data, clip, scratch.testbed(config, data, config.quick))
+    testbed = scratch.testbed(config, data, config.quick)
+    bench = make_bench(config, testbed, *in_memory(data, clip))
     testbeds.write_counts(bench.testbed, Path(config.out) / "trajectories/testbed.csv")
     return config, data, clip, zero_shot, bench
 

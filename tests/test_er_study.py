@@ -344,7 +344,7 @@ def world(tmp_path_factory):
 def follow(world, kind="zero-shot", lr=1e-3, seed=0, out=None, data=None, **more):
     config, given, clip, zero_shot, bed = world
     config = dataclasses.replace(config, out=str(out or config.out))
-    bench = er_study.make_bench(config, data or given, clip, bed)
+    bench = er_study.make_bench(config, bed, *er_study.in_memory(data or given, clip))
     args = config, data or given, clip, zero_shot, bench, kind, lr, config.epochs, seed
     return er_study.follow(*args, **more)
 
@@ -641,7 +641,7 @@ def test_distillation_and_replay_add_what_they_say():
 
 def test_strategies_are_compared_at_equal_id_accuracy(world, path, monkeypatch, capsys):
     config, data, clip, zero_shot, bed = world
-    bench = er_study.make_bench(config, data, clip, bed)
+    bench = er_study.make_bench(config, bed, *er_study.in_memory(data, clip))
     monkeypatch.setattr(er_axes, "RATE", 1e-3)  # that of `path`, which is not trained again
     (mixed,) = [er_axes.mixed(config, data, clip, zero_shot, bench, 0)]
     rows, trained = trajectories.read(mixed, 2), trajectories.read(path, 2)
