@@ -35,8 +35,8 @@ import io
 import math
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +224,14 @@ def in_memory(data, clip):
     return splits, images
 
 
+def on_device(model, head_only=False):
+    """Function of images, or of features, on the CPU to logits."""
+    device = model.head.weight.device
+    if head_only:
+        return lambda features: model.classify(features.to(device))
+    return lambda images: model.eval()(images.to(device))[1]
+
+
 @torch.inference_mode()
 def score(bench, classify, inputs):
     """{set: right, bool [N]} of a model given as inputs [B, ...] -> logits [B, C]."""
@@ -325,14 +333,13 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
 
     def attempt(probe, resume):
         again, model = dataclasses.replace(config, resume=resume), copy.deepcopy(start)
-        inputs, classify = bench.images, lambda x: model(x)[1]
+        inputs, classify = bench.images, on_device(model)
         if kind == "head-only":
             split = bench.splits.items()
             inputs = {s: common.frozen_features(config, model, x, clip)[0] for s, x in split}
-            classify = model.classify
+            classify = on_device(model, head_only=True)
 
         def at(done):
-            model.eval()
             probe(done, lambda: score(bench, classify, inputs))
 
         args = again, name, model, data.train, clip, lr, seed
@@ -354,6 +361,7 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
 def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier, Bench; studies/er_axes.py, too."""
     from data import scratch
+    from studies import er_published
 
     config, data = common.begin(Config, argv, __doc__, PRESETS)
     if config.quick:
@@ -361,7 +369,10 @@ def prepare(argv=None):
     clip, zero_shot = common.zero_shot(config, data)
     testbed = scratch.testbed(config, data, config.quick)
     bench = make_bench(config, testbed, *in_memory(data, clip))
-    testbeds.write_counts(bench.testbed, Path(config.out) / "trajectories/testbed.csv")
+    folder = Path(config.out) / "trajectories"
+    testbeds.write_counts(bench.testbed, folder / "testbed.csv")
+    scored = partial(score, bench, on_device(zero_shot), bench.images)
+    er_published.write_by_image(bench.testbed, scored, folder / "by_image.csv")
     return config, data, clip, zero_shot, bench
 
 
@@ -371,21 +382,6 @@ def work(argv, jobs, run):
     with contextlib.redirect_stdout(io.StringIO()):
         config, *world, bench = prepare(argv)
         return follow(config, *world, bench, *run)
-
-
-def together(config, argv, runs):
-    """`follow` of all runs, config.jobs at a time: threads gain little on tensors this small.
-    -> paths, in the order of the runs
-    """
-    spawn = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, mp_context=spawn) as pool:
-        longest = sorted(runs, key=lambda run: -run[2])
-        tasks = {run: pool.submit(work, argv, config.jobs, run) for run in longest}
-        try:
-            return [tasks[run].result() for run in runs]
-        except BaseException:  # Ctrl-C or an error of one: start no other
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def main(argv=None):
@@ -408,11 +404,13 @@ def main(argv=None):
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [(*run, seed) for seed in seeds for run in plan(config)]
     if config.jobs > 1 and common.pick_device(config.device).type == "cpu":
-        paths = together(config, sys.argv[1:] if argv is None else argv, runs)
+        words = sys.argv[1:] if argv is None else argv
+        paths = trajectories.together(work, config.jobs, words, runs)
     else:
         paths = [follow(config, *world, bench, *run) for run in runs]
     rows = [r for path in paths for r in trajectories.read(path, len(bench.lines))]
-    return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws)
+    by_image = trajectories.read_plain(Path(config.out) / "trajectories")
+    return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws, by_image)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ evaluation at most, and a report needs no model and no image. Beside the traject
 
 import csv
 import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
 
 # lr: of logistic regression its lambda. k, n: images right, of how many; half: of a random half of
 # the shift; nobody: of the images that no testbed model gets right; ece: where it was measured
@@ -50,6 +54,15 @@ def read(path, shifts=None):
     return [{name: number(name, text) for name, text in r.items()} for r in rows]
 
 
+def read_plain(folder):
+    """Rows of by_image.csv beside the trajectories, as text; none where only counts are known."""
+    path = Path(folder) / "by_image.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def record(path, steps, shifts, rows_at, attempt, resume=True):
     """Have a run in a file at every one of `steps`; one that is there is not trained again.
 
@@ -76,3 +89,19 @@ def record(path, steps, shifts, rows_at, attempt, resume=True):
         if known >= set(steps):
             break
     return path
+
+
+def together(work, jobs, argv, runs):
+    """work(argv, jobs, run) of all runs, `jobs` at a time, each in a process of its own: threads
+    gain little on tensors this small. The third of a run is its length.
+    -> results, in the order of the runs
+    """
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        longest = sorted(runs, key=lambda run: -run[2])
+        tasks = {run: pool.submit(work, argv, jobs, run) for run in longest}
+        try:
+            return [tasks[run].result() for run in runs]
+        except BaseException:  # Ctrl-C or an error of one: start no other
+            pool.shutdown(cancel_futures=True)
+            raise
