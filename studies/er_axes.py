@@ -28,6 +28,14 @@ from studies import er_report  # noqa: E402
 
 AT = (0.8, 0.85, 0.9, 0.92, 0.94)  # ID accuracies of every comparison
 RATE = 2e-4  # of every run here: er_study.py's middle one
+PER_CLASS = 100  # images in a subset of `difficulty`
+CORPORA = {  # of `pretraining`: domains (None: all ten), images
+    "128 images": (None, 128),
+    "1024 images": (None, 1024),
+    "8192 images": (None, 8192),
+    "2 domains": (2, 8192),
+    "5 domains": (5, 8192),
+}
 
 
 # --- strategies: what might keep ER at high ID accuracy -------------------------------------------
@@ -139,17 +147,17 @@ def subset(score, labels, which, per_class, seed=0):
 
 
 def difficulty(config, data, clip, zero_shot, bench, seed):
-    """E7: fine-tuning on 100 images of each class, for as many steps as on all."""
+    """E7: fine-tuning on PER_CLASS images of each class, for as many steps as on all 3,000."""
     x, y = scratch.grey(data.train), data.train.labels
     key = [data.train.fingerprint, 0]
     score = common.cached(config, "difficulty", key, lambda: {"score": held_out_score(x, y)})
     paths, epochs = [], 3 * config.epochs
     for which in ("easiest", "random", "hardest"):
-        rows = subset(score["score"], y, which, 100, seed)
+        rows = subset(score["score"], y, which, PER_CLASS, seed)
         images = data.train.images[rows.numpy()]
         train = dataclasses.replace(data.train, images=images, labels=y[rows])
         args = config, dataclasses.replace(data, train=train), clip, zero_shot, bench
-        name = f"{which} 1000"
+        name = f"{which} {len(rows)}"
         paths.append(er_study.follow(*args, "zero-shot", RATE, epochs, seed, name))
     return paths
 
@@ -164,11 +172,9 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=300):
     """
     from data import pretrain
 
-    settings = {"128 images": (None, 128), "1024 images": (None, 1024), "8192 images": (None, 8192)}
-    settings |= {"2 domains": (2, 8192), "5 domains": (5, 8192)}
     none = "random", config.lr_random, config.epochs_random, seed
     paths = [er_study.follow(config, data, clip, zero_shot, bench, *none)]
-    for name, (domains, size) in settings.items():
+    for name, (domains, size) in CORPORA.items():
         weights = Path(config.out) / "pretrained" / f"{common.slug(name)}-{steps}-{seed}.npz"
         if not weights.is_file():
             weights.parent.mkdir(parents=True, exist_ok=True)

@@ -471,6 +471,44 @@ def test_a_new_head_is_random_of_the_old_length_and_a_random_start_shares_nothin
     assert torch.equal(kinds["zero-shot"].head.weight, old.head.weight)
 
 
+def test_runs_in_processes_come_back_in_order_and_an_error_of_one_is_raised():
+    runs = [("a", 1e-3, 1), ("b", 1e-3, 3), ("c", 1e-3, 2)]
+    say = "{0} {1} {2[0]}".format  # of a built-in type, so that the processes need not import torch
+    assert trajectories.together(say, 2, "x", runs) == ["x 2 a", "x 2 b", "x 2 c"]
+    with pytest.raises(IndexError):
+        trajectories.together("{2[3]}".format, 1, "x", runs)
+
+
+@pytest.mark.skipif("ER_QUICK" not in os.environ, reason="ER_QUICK=1 runs the two-minute study")
+def test_the_quick_study_runs_from_end_to_end(tmp_path):
+    groups, text = run("--quick", "--out", tmp_path)
+    assert len(groups) == 4 and "effective robustness on UCI" in text
+    _, again = run("--plot", f"{tmp_path}/trajectories/*.csv", "--out", tmp_path)
+    assert again.endswith(text[text.index("effective robustness on") :])
+    assert (tmp_path / "figures/er_study.png").stat().st_size > 50_000
+
+
+# by image, beside the trajectories
+
+
+def test_pairs_and_left_out_shares_in_the_file_are_those_of_hand(tmp_path):
+    right = {"home": np.eye(3, 4, dtype=bool) | [1, 0, 0, 0], "away": np.zeros((3, 4), bool)}
+    right["away"][0, :3] = right["away"][1, 1] = right["away"][2, 1] = True
+    bed = testbeds.known_by_image("x", ["m0", "m1", "m2"], right, {"away": "home"})
+    other = np.array([0, 1, 0, 1], bool)
+    er_published.write_by_image(bed, lambda: {"away": other}, tmp_path / "by_image.csv")
+    rows = trajectories.read_plain(tmp_path)
+    pairs = [(r["kind"], float(r["x"]), float(r["y"])) for r in rows if r["what"] == "pair"]
+    assert pairs[:2] == [("testbed", 0.5, 0.0)] * 2  # m1, m2 tie
+    assert sorted(pairs[2:]) == [("zero-shot", 0.25, 0.0)] * 2 + [("zero-shot", 0.25, 0.25)]
+    alone = {r["model"]: (int(r["y"]), int(r["n"])) for r in rows if r["what"] == "alone"}
+    assert alone == {"m0": (2, 3), "m1": (0, 1), "m2": (0, 1)}
+    before = (tmp_path / "by_image.csv").stat().st_mtime_ns
+    er_published.write_by_image(bed, None, tmp_path / "by_image.csv")  # once is enough
+    assert (tmp_path / "by_image.csv").stat().st_mtime_ns == before
+    assert trajectories.read_plain(tmp_path / "nowhere") == []
+
+
 # what is said of a trajectory
 
 
@@ -502,6 +540,8 @@ def test_the_largest_er_of_a_run_on_the_line_is_positive_and_the_unbiased_one_is
     mean = {k: np.mean([f[k] for f in found]) for k in ("max", "max_median", "max_free", "last")}
     assert mean["max"] > 0.03 and 0.01 < mean["max_median"] < mean["max"]
     assert abs(mean["max_free"]) < 0.006 and abs(mean["last"]) < 0.006
+    rise, fall = (np.mean([f[k] for f in found]) for k in ("rise", "fall"))
+    assert abs(rise) < 0.006 and abs(fall) < 0.006
 
 
 def test_a_bump_is_found_where_it_is():
@@ -509,7 +549,16 @@ def test_a_bump_is_found_where_it_is():
     s = er_report.summarise(simulated(bump, n=40_000), "away")
     assert s["max_free"] == pytest.approx(0.2, abs=0.01) and s["max_epoch"] == 3
     assert abs(s["start"]) < 0.01 and abs(s["last"]) < 0.01
-    assert s["max_id"] == pytest.approx(0.4 + 0.5 * 6 / 11)
+    assert s["max_id"] == s["free_id"] == pytest.approx(0.4 + 0.5 * 6 / 11)
+    assert (s["rise"], s["fall"]) == pytest.approx((0.2, 0.2), abs=0.01)
+
+
+def test_the_interval_over_runs_is_students_and_one_run_has_none():
+    mean, low, high = er_report.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, high - mean) == pytest.approx((2, 4.302653 / 3**0.5)) and low + high == 4
+    assert np.isnan(er_report.mean_interval([1.0])[1:]).all()
+    assert er_report.over_runs([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"
+    assert er_report.over_runs([0.01]) == "+1.0" and er_report.over_runs([np.nan, 0.1]) == "-"
 
 
 def test_er_at_an_accuracy_is_interpolated_in_logits_between_new_highs():
@@ -652,3 +701,89 @@ def test_strategies_are_compared_at_equal_id_accuracy(world, path, monkeypatch, 
     er_axes.print_at(er_report.by_run(rows + trained), "UCI")
     text = capsys.readouterr().out
     assert "at equal ID accuracy" in text and "weights mixed" in text
+
+
+def bench_of(world):
+    config, data, clip, _, bed = world
+    return er_study.make_bench(config, bed, *er_study.in_memory(data, clip))
+
+
+def test_difficulty_runs_from_scores_to_a_table_and_a_figure(world, monkeypatch, capsys):
+    config, data, clip, zero_shot, bed = world
+    monkeypatch.setattr(er_axes, "PER_CLASS", 1)
+    args = dataclasses.replace(config, epochs=1), data, clip, zero_shot, bench_of(world), 0
+    paths = er_axes.difficulty(*args)
+    names = ["easiest 10", "random 10", "hardest 10"]
+    assert [trajectories.read(p, 2)[0]["run"] for p in paths] == [f"{n}, seed 0" for n in names]
+    firsts = [trajectories.read(p, 2)[1]["k_ood"] for p in paths]
+    assert len(set(firsts)) == 1  # all start from the zero-shot model
+    assert max(r["step"] for r in trajectories.read(paths[0])) == 3  # 3 epochs of one batch
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "fit", None)
+        assert er_axes.difficulty(*args) == paths
+    pattern = f"{paths[0].parent}/*-10-seed-0-*.csv"
+    groups = er_axes.main(["difficulty", "--plot", pattern, "--out", config.out])
+    assert sorted(groups) == sorted(names) and "last ER" in capsys.readouterr().out
+    with open(Path(config.out) / "figures/er_difficulty.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 2 * sum(
+            len(trajectories.read(p)) // 3 for p in paths
+        )
+
+
+def test_pretraining_runs_from_no_images_to_corpora_of_sizes_and_domains(world, monkeypatch):
+    config, data, clip, zero_shot, _ = world
+    monkeypatch.setattr(er_axes, "CORPORA", {"16 images": (None, 16), "2 domains": (2, 32)})
+    config = dataclasses.replace(config, epochs=1, epochs_random=1)
+    paths = er_axes.pretraining(config, data, clip, zero_shot, bench_of(world), 0, steps=2)
+    runs = [trajectories.read(p, 2)[0] for p in paths]
+    assert [r["run"] for r in runs] == [
+        "random, lr 0.001, seed 0",
+        "16 images, seed 0",
+        "2 domains, seed 0",
+    ]
+    assert [r["init"] for r in runs] == ["random", "new-head", "new-head"]
+    kept = sorted(p.name for p in Path(config.out).glob("pretrained/*.npz"))
+    assert kept == ["16-images-2-0.npz", "2-domains-2-0.npz"]
+    a, b = (np.load(Path(config.out) / "pretrained" / name) for name in kept)
+    assert any((a[k] != b[k]).any() for k in a.files)
+
+
+def test_methods_have_ensembles_of_each_model_with_their_ece(world, path, tmp_path, capsys):
+    import vrf
+
+    config, data, clip, zero_shot, bed = world
+    words = f"--ab 1,1 --batch 16 --device cpu --out {tmp_path}".split()
+    own, model = common.parse(vrf.Config, words, ""), er_study.new_head(copy.deepcopy(zero_shot), 0)
+    found = er_axes.mixtures(own, data, clip, zero_shot, "E2E-FT", model, 0)
+    assert list(found) == ["E2E-FT", "E2E-FT +WSE", "E2E-FT +OSE", "E2E-FT +VRF"]
+    alone = common.predict(own, {"": model}, data.test, clip)[""].logits.softmax(1)
+    torch.testing.assert_close(found["E2E-FT"]["test"], alone)
+    for p in found.values():
+        assert list(p) == ["test", *bed.id_of]
+        torch.testing.assert_close(p["test"].sum(1), torch.ones(48))
+    labels, rows = {s.name: s.labels for s in (data.test, *data.shifts)}, []
+    p = found["E2E-FT +OSE"]
+    ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
+    right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
+    run = {
+        "run": "E2E-FT +OSE, seed 0",
+        "init": "zero-shot",
+        "lr": 0,
+        "seed": 0,
+        "step": 0,
+        "epoch": 0,
+    }
+    bench = bench_of(world)
+    rows = er_axes.with_ece(er_study.measure(bench, run, right), ece, bench)
+    assert [r["ece_id"] for r in rows] == [ece["test"]] * 3
+    assert [r["ece_ood"] for r in rows] == [ece["Scan"], ece["UCI"], (ece["Scan"] + ece["UCI"]) / 2]
+    trajectories.append(tmp_path / "trajectories/methods-seed-0.csv", rows)
+    testbeds.write_counts(bed, tmp_path / "trajectories/testbed.csv")
+    er_axes.main(["methods", "--plot", f"{tmp_path}/trajectories/*.csv", "--out", str(tmp_path)])
+    assert f"{ece['UCI']:.3f}".lstrip("0") in capsys.readouterr().out
+    assert (tmp_path / "figures/er_methods.png").stat().st_size > 10_000
+
+
+def test_every_family_and_ensemble_of_methods_has_a_colour_and_a_mark():
+    assert len(er_axes.FAMILIES) == len(set(er_axes.FAMILIES)) <= 10
+    assert len(set(er_axes.MARKS.values())) == 4
