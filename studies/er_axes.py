@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -339,6 +340,8 @@ def figure_points(config, found, groups, shift):
     fig, (axes,) = common.new_figure(columns=2)
     numbers = []
     for axis, s in zip(axes, (shift, "mean"), strict=True):
+        line = found[s if s in found else shift]
+        er_report.id_axis(axis, line, 0.76, 0.965)
         for name, runs in groups.items():
             family, _, ensemble = name.partition(" +")
             c = [er_report.curve(rows, s) for rows in runs.values()]
@@ -349,14 +352,16 @@ def figure_points(config, found, groups, shift):
             i = FAMILIES.index(family)
             look = {"fmt": MARKS[f" +{ensemble}" if ensemble else ""], "color": f"C{i}", "ms": 4}
             spread = None if ensemble else [[y - low], [high - y]]
-            axis.errorbar(x, y, spread, lw=0.8, label=None if ensemble else name, **look)
-        axis.set(xlabel="ID accuracy, %", ylabel="ER, points [95 %]")
-        text = er_report.caption(found[s]) if s in found else "mean of all shifts"
-        axis.set_title(f"effective robustness, {text}", fontsize=8)
+            axis.errorbar(
+                logit(x / 100), y, spread, lw=0.8, label=None if ensemble else name, **look
+            )
+        axis.set(ylabel="ER, points [95 %]")
+        text = er_report.caption(found[s]) if s in found else f"mean of {len(found)} shifts"
+        axis.set_title(f"ER on {text}", fontsize=8)
     for ensemble, mark in MARKS.items():
         if ensemble:
             axes[0].plot([], [], mark, color="0.4", ms=4, label=f"the same{ensemble}")
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=6, loc="lower left", ncols=2)
     header = ["shift", "method", "id", "er", "lo", "hi"]
     common.save_figure(fig, f"{config.out}/figures/er_methods", header, numbers)
 

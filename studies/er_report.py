@@ -193,12 +193,13 @@ def draw_line(axis, line, acc_id, acc_ood):
 
 
 LOW, HIGH = 0.05, 0.995  # accuracies beyond are drawn here
-TICKS = (10, 20, 30, 50, 70, 80, 90, 95, 98)
+TICKS = (10, 20, 30, 50, 70, 80, 85, 90, 95, 98)
 
 
 def id_axis(axis, line, low=0.08, high=0.985):
     """ID accuracy in logits, where the line is extrapolated shaded."""
-    axis.set(xticks=logit(np.array(TICKS) / 100), xticklabels=TICKS, xlim=logit([low, high]))
+    ticks = [t for t in TICKS if low <= t / 100 <= high]
+    axis.set(xticks=logit(np.array(ticks) / 100), xticklabels=ticks, xlim=logit([low, high]))
     for ends in ((low, line.low), (line.high, high)):
         if ends[0] < ends[1]:
             axis.axvspan(*logit(np.array(ends)), color="0.95", lw=0)
@@ -218,14 +219,15 @@ def own_er(testbed, line):
 def er_panel(axis, testbed, found, groups, shift):
     """ER against ID accuracy, a colour per group; dark: the testbed's own range.  -> rows"""
     line, numbers = found[shift if shift in found else best_line(found)], []
-    id_axis(axis, line)
+    curves = {n: [curve(rows, shift) for rows in runs.values()] for n, runs in groups.items()}
+    least = min(c["id"].min() for of_run in curves.values() for c in of_run)
+    id_axis(axis, line, max(0.08, 0.95 * least))
     if shift in found:
         own = 100 * own_er(testbed, line)
         axis.axhspan(own.min(), own.max(), color="0.88", lw=0)
     axis.axhline(0, color="0.4", lw=0.8)
-    for i, (name, runs) in enumerate(groups.items()):
-        for j, rows in enumerate(runs.values()):
-            c = curve(rows, shift)
+    for i, (name, of_run) in enumerate(curves.items()):
+        for j, c in enumerate(of_run):
             look = {"color": f"C{i % 10}", "ls": "-" if i < 10 else ":", "lw": 0.9, "ms": 2.5}
             x = logit(np.clip(c["id"], LOW, HIGH))
             axis.plot(x, 100 * c["er"], marker="o", label=name if j == 0 else None, **look)
@@ -309,6 +311,9 @@ def pair_panel(axis, shift, by_image):
     """
     for kind, colour in (("testbed", "0.6"), ("zero-shot", "C3")):
         own = [r for r in by_image if (r["what"], r["set"], r["kind"]) == ("pair", shift, kind)]
+        if not by_image:
+            axis.text(0.5, 0.5, "testbed known by counts", ha="center", transform=axis.transAxes)
+            break
         if own:
             x, y = (np.array([float(r[k]) for r in own]) for k in ("x", "y"))
             label = f"{kind}: {len(own)} pairs, mean {y.mean():.3f}"

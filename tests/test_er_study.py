@@ -258,6 +258,31 @@ def test_the_interval_of_a_model_by_image_is_narrower_than_by_counts():
     assert 0 < widths[0] < widths[1]
 
 
+def test_the_slopes_interval_over_models_alone_is_that_of_the_public_cifar_testbed():
+    bed = testbeds.read("cifar10")
+    many = 10_000  # so many times the images, so that redrawing them adds nothing
+    k = {s: many * counts for s, counts in bed.k.items()}
+    bed = dataclasses.replace(bed, n={s: many * n for s, n in bed.n.items()}, k=k)
+    draws = testbeds.redraw(bed, 2000).lines["cifar10.1-v6"]
+    assert testbeds.interval(draws[0]) == pytest.approx((0.791, 0.876), abs=0.006)
+    assert testbeds.interval(draws[1]) == pytest.approx((-0.561, -0.344), abs=0.015)
+
+
+def test_a_public_table_in_percent_becomes_counts_and_its_blanks_nan(tmp_path):
+    known = testbeds.read("imagenet2020")
+    columns = ["model", *known.n, "another setting"]
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(columns)
+        for i, m in enumerate(known.models):
+            percent = [100 * known.k[s][i] / n for s, n in known.n.items()]
+            out.writerow([m, *("" if np.isnan(p) else f"{p:.4f}" for p in percent), "7"])
+    bed = testbeds.read(tmp_path / "table.csv")
+    assert bed.studied == known.studied and np.isnan(bed.k["imagenet-r"]).any()
+    for s in known.n:
+        np.testing.assert_array_equal(bed.k[s], known.k[s])
+
+
 # by image
 
 
@@ -567,6 +592,27 @@ def test_er_at_an_accuracy_is_interpolated_in_logits_between_new_highs():
     half = expit((logit(0.8) + logit(0.95)) / 2)
     assert er_report.at_accuracy(c, half) == pytest.approx(0.2)
     assert np.isnan(er_report.at_accuracy(c, 0.96)) and np.isnan(er_report.at_accuracy(c, 0.4))
+
+
+def test_runs_are_averaged_as_accuracies_with_the_interval_of_their_mean(capsys):
+    groups = {"x": {f"x, seed {i}": simulated(0.1, n=400, seed=i) for i in range(3)}}
+    ends = [er_report.curve(rows, "away")["er"][-1] for rows in groups["x"].values()]
+    er_axes.print_at(groups, "away")
+    assert er_report.over_runs(ends) in capsys.readouterr().out
+    assert er_report.mean_interval(ends)[0] == pytest.approx(np.mean(ends))
+
+
+def test_axes_of_id_accuracy_are_logits_of_round_percent_shaded_where_extrapolated():
+    fig, ((axis,),) = common.new_figure()
+    line = er_study.baseline(testbeds.read("cifar10"), "cifar10.1-v6")
+    er_report.id_axis(axis, line, 0.5, 0.99)
+    np.testing.assert_allclose(axis.get_xlim(), logit([0.5, 0.99]))
+    ticks = [t.get_text() for t in axis.get_xticklabels()]
+    assert ticks == ["50", "70", "80", "85", "90", "95", "98"]
+    np.testing.assert_allclose(expit(axis.get_xticks()), np.array(ticks, float) / 100)
+    spans = [(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches]
+    np.testing.assert_allclose(spans, logit([[0.5, line.low], [line.high, 0.99]]))
+    assert "n 30, slope 0.84, intercept -0.47, R² 0.982" in er_report.caption(line)
 
 
 # the digits' testbed, options
