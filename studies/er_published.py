@@ -33,21 +33,24 @@ def dominance(right):
 
 
 def write_by_image(testbed, zero_shot, path):
-    """What the figures need of a testbed known by image, for every shift: gap (x) and dominance (y)
-    of each pair of its models and of each with zero_shot() -> {set: bool [N]}; and how many (y) of
-    the n images that no other model gets right each model does, beside its ID accuracy (x). Once.
+    """What the figures need of a testbed known by image. "pair": gap (x) and dominance (y) of each
+    pair of its models and of each with zero_shot() -> {set: bool [N]}, on ID and every shift.
+    "alone": how many (y) of the n images of a shift that no other model gets right each model does,
+    beside its ID accuracy (x). Written once.
     """
     if path.is_file():
         return
     right_of = zero_shot()
     rows = []
-    for ood, at_home in testbed.id_of.items():
-        right = testbed.right[ood]
+    for name in {**dict.fromkeys(testbed.id_of.values()), **testbed.id_of}:
+        right = testbed.right[name]
         pairs = [("testbed", x, y) for x, y in zip(*dominance(right), strict=True)]
         for row in right:
-            both = dominance(np.stack([row, right_of[ood]]))
+            both = dominance(np.stack([row, right_of[name]]))
             pairs += [("zero-shot", x, y) for x, y in zip(*both, strict=True)]
-        rows += [("pair", ood, kind, "", f"{x:.6f}", f"{y:.6f}", "") for kind, x, y in pairs]
+        rows += [("pair", name, kind, "", f"{x:.6f}", f"{y:.6f}", "") for kind, x, y in pairs]
+    for ood, at_home in testbed.id_of.items():
+        right = testbed.right[ood]
         for i, model in enumerate(testbed.models):
             rest = er_study.nobody_right(np.delete(right, i, 0))
             k, n = er_study.share_right(right[i], rest)

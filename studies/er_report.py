@@ -82,7 +82,7 @@ def summarise(rows, shift, accuracies=(0.8, 0.9, 0.94)):
     out |= {"max": c["er"][top], "max_median": max(smooth), "max_free": free}
     out |= {"rise": np.mean([er[i] - er[0] for er, i in picks])}
     out |= {"fall": np.mean([er[i] - er[-1] for er, i in picks])}
-    out |= {"free_id": np.mean([c["id"][i] for _, i in picks])}
+    out |= {f"free_{k}": np.mean([c[k][i] for _, i in picks]) for k in ("id", "epoch")}
     out |= {"max_id": c["id"][top], "max_epoch": c["epoch"][top]}
     out |= {"last": c["er"][-1], "last_lo": c["lo"][-1], "last_hi": c["hi"][-1]}
     last = max(rows, key=lambda r: r["step"])
@@ -150,7 +150,7 @@ def print_runs(groups, shift):
         say = "{:+.1f} [{:+.1f}, {:+.1f}]".format
         cells = [say(*(mean[k] for k in ("start", "start_lo", "start_hi")))]
         cells += [signed(mean[k]) for k in ("max", "max_median", "max_free")]
-        cells += [f"{mean['free_id']:.1f} / {mean['max_epoch'] / 100:.2g}"]
+        cells += [f"{mean['free_id']:.1f} / {mean['free_epoch'] / 100:.2g}"]
         cells += [over_runs([x[k] for x in s]) for k in ("rise", "fall")]
         cells += [
             "{:.1f} [{:.1f}, {:.1f}]".format(*(mean[f"last_id{x}"] for x in ("", "_lo", "_hi")))
@@ -283,7 +283,7 @@ def figure(config, testbed, found, groups, shift, by_image):
         axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel=y)
         axis.set_title(title, fontsize=8)
     nobody_panel(nobody_axis, line, by_image)
-    pair_panel(pair_axis, shift, by_image)
+    pair_panel(pair_axis, line.id, by_image)
     step_axis.legend(fontsize=6)
     header = ["series", "model", "step", "id", "ood", "er", "lo", "hi"]
     common.save_figure(fig, f"{config.out}/figures/er_study", header, numbers)
@@ -305,12 +305,12 @@ def nobody_panel(axis, line, by_image):
     )
 
 
-def pair_panel(axis, shift, by_image):
+def pair_panel(axis, at_home, by_image):
     """Dominance probability against the gap in accuracy: pairs of testbed models, pairs with the
     zero-shot model.
     """
     for kind, colour in (("testbed", "0.6"), ("zero-shot", "C3")):
-        own = [r for r in by_image if (r["what"], r["set"], r["kind"]) == ("pair", shift, kind)]
+        own = [r for r in by_image if (r["what"], r["set"], r["kind"]) == ("pair", at_home, kind)]
         if not by_image:
             axis.text(0.5, 0.5, "testbed known by counts", ha="center", transform=axis.transAxes)
             break
@@ -320,7 +320,7 @@ def pair_panel(axis, shift, by_image):
             axis.plot(100 * x, y, "o", ms=2.5, color=colour, label=label)
             axis.legend(fontsize=6)
     axis.set(xlabel="gap in accuracy, points", ylabel="P[lower right, higher wrong]")
-    axis.set_title(f"dominance probability on {shift}", fontsize=8)
+    axis.set_title(f"dominance probability on ID ({at_home})", fontsize=8)
 
 
 def best_line(found):

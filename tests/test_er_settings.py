@@ -130,6 +130,19 @@ def test_only_the_last_layer_is_new_with_ten_rows_that_depend_on_the_seed(tmp_pa
     assert alexnet.classifier[-1].weight.shape == (10, 4096)
 
 
+def test_torchvisions_weights_are_the_first_ones_and_not_todays_default(tmp_path, monkeypatch):
+    from torchvision import models
+
+    folder = tmp_path / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(5)
+    state = models.resnet50().state_dict()
+    torch.save(state, folder / "resnet50-0676ba61.pth")  # the file of IMAGENET1K_V1
+    config = er_settings.Config(arch="resnet50")
+    assert torch.equal(networks.six(config, 10, 0).conv1.weight, state["conv1.weight"])
+
+
 def test_a_random_start_ignores_weights_and_depends_on_the_seed():
     config = er_settings.Config(arch="resnet18", init="random", weights="no/such/file")
     a, b, again = (networks.six(config, 10, seed).conv1.weight for seed in (0, 1, 0))

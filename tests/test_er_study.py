@@ -521,9 +521,15 @@ def test_pairs_and_left_out_shares_in_the_file_are_those_of_hand(tmp_path):
     right["away"][0, :3] = right["away"][1, 1] = right["away"][2, 1] = True
     bed = testbeds.known_by_image("x", ["m0", "m1", "m2"], right, {"away": "home"})
     other = np.array([0, 1, 0, 1], bool)
-    er_published.write_by_image(bed, lambda: {"away": other}, tmp_path / "by_image.csv")
+    er_published.write_by_image(
+        bed, lambda: {"away": other, "home": other}, tmp_path / "by_image.csv"
+    )
     rows = trajectories.read_plain(tmp_path)
-    pairs = [(r["kind"], float(r["x"]), float(r["y"])) for r in rows if r["what"] == "pair"]
+    pairs = [
+        (r["kind"], float(r["x"]), float(r["y"]))
+        for r in rows
+        if (r["what"], r["set"]) == ("pair", "away")
+    ]
     assert pairs[:2] == [("testbed", 0.5, 0.0)] * 2  # m1, m2 tie
     assert sorted(pairs[2:]) == [("zero-shot", 0.25, 0.0)] * 2 + [("zero-shot", 0.25, 0.25)]
     alone = {r["model"]: (int(r["y"]), int(r["n"])) for r in rows if r["what"] == "alone"}
