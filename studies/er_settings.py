@@ -196,6 +196,8 @@ def published(config, data):
     if not shifts:
         known = "cifar10.1_v6_data.npy" if data.kind == "cifar10" else "ImageNet-V2, ObjectNet, -R"
         raise common.InputError(f"{config.data} has no shift with a published line; add {known}")
+    if config.testbed and config.incomplete:
+        raise common.InputError("--testbed knows every image of the sets: not with --incomplete")
     if data.kind == "cifar10":
         testbed = testbeds.read(config.testbed or "cifar10")
     elif config.testbed:
@@ -511,10 +513,9 @@ def prepare(argv):
     for said, values in (("paper", PAPER[recipe]), ("ours", OURS[recipe])):
         given = config.given
         print(f"{said}: " + ", ".join(f"{k} {v}" for k, v in values.items() if k not in given))
-    presets = dict.fromkeys(("cifar10", "imagenet"), OURS[recipe] | PAPER[recipe])
-    config, data = common.begin(Config, argv, __doc__, presets)
+    config, data = common.begin(Config, argv, __doc__, {})
     for name, value in (OURS[recipe] | PAPER[recipe]).items():
-        if name not in config.given:  # also what begin leaves to a user who names a model
+        if name not in config.given:
             setattr(config, name, value)
     allowed = ("cifar10",) if experiment == "cifar" else ("cifar10", "imagenet")
     if data.kind not in allowed:

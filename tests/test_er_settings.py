@@ -335,7 +335,28 @@ def test_the_id_set_of_objectnet_merges_the_ids_of_an_object(tmp_path):
 
 def test_a_tree_that_lacks_images_is_refused_unless_the_user_says_so(tree, tmp_path):
     with pytest.raises(common.InputError, match="ER would compare different sets"):
-        run("cifar", "--data", tree, "--out", tmp_path, "--weights", "random")
+        run("cifar", "--data", tree, "--out", tmp_path, "--device", "cpu", *SMALL)
+
+
+def test_trees_of_the_published_sizes_pass_and_another_version_of_the_shift_does_not(tree):
+    config = common.parse(er_settings.Config, ["--data", str(tree), "--draws", "20"], "")
+
+    def world(n_id, n_ood):
+        data = common.open_data(str(tree))
+        for split, n in ((data.test, n_id), (data.shifts[0], n_ood)):
+            split.images, split.labels = np.zeros((n, 1, 1, 3), np.uint8), torch.zeros(n).long()
+        return er_settings.make_world(config, data)
+
+    assert world(10_000, 2000).bench.lines["cifar10.1-v6"].sizes == (10_000, 2000)
+    with pytest.raises(common.InputError, match="has 2,021 images and its ID set 10,000"):
+        world(10_000, 2021)
+
+
+def test_a_folder_of_v2_that_does_not_say_which_variant_is_refused(tmp_path):
+    root = with_shifts(tmp_path)
+    (root / "imagenetv2-matched-frequency").rename(root / "imagenetv2")
+    with pytest.raises(common.InputError, match="does not say which ImageNetV2 it is"):
+        run("clip", *small(root, tmp_path / "o"), *TINY)
 
 
 @pytest.mark.parametrize(
