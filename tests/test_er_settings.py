@@ -247,6 +247,22 @@ def test_bits_head_is_followed_at_every_step_of_one_batch_and_its_features_stay(
     assert chance == 0.1 and rows[-1]["k_val"] >= 0  # a head of zeros says one class
 
 
+def test_bits_head_takes_plain_steps_of_sgd_at_a_constant_rate(bit_run, tree):
+    out, _ = bit_run
+    caches = [torch.load(p, weights_only=True)["features"] for p in out.glob("cache/bit-*.pt")]
+    (x,) = (c for c in caches if len(c) == 90)
+    y, head = common.open_data(str(tree)).train.labels, torch.nn.Linear(2048, 10)
+    for p in head.parameters():
+        torch.nn.init.zeros_(p)
+    sgd = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9)
+    for _ in range(3):
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(head(x), y).backward()
+        sgd.step()
+    (kept,) = out.glob("checkpoints/*.pt")
+    torch.testing.assert_close(torch.load(kept, weights_only=True)["model"], head.state_dict())
+
+
 def test_bit_from_a_random_start_trains_every_weight(tree, tmp_path):
     words = ["--init", "random", "--size", 32, "--epochs", 1, "--lr", "0.1", "--seeds", 1]
     _, text = run("bit", *small(tree, tmp_path), *words)
