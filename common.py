@@ -769,8 +769,9 @@ def fit(
     resume=True,
     name="fit",
     probe=None,
+    schedule=warmup_cosine,
 ):
-    """Train `module` in place: learning rates times `warmup_cosine`, gradient clip, autocast.
+    """Train `module` in place: learning rates times `schedule`, gradient clip, autocast.
 
     loss_fn(batch) -> scalar. batches_from(step) -> iterator of tuples of tensors from that step on.
     path: checkpoint, written every `save_every` steps, on Ctrl-C and at the end; with `resume` an
@@ -791,7 +792,7 @@ def fit(
                 module.train()
             for group in optimiser.param_groups:
                 base = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = base * warmup_cosine(step, warmup, steps)
+                group["lr"] = base * schedule(step, warmup, steps)
             if batch is not None:  # None: not one image of the batch was readable
                 with autocast(device, precision):
                     loss = loss_of(to_device(batch, device))

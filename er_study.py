@@ -30,14 +30,13 @@ E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import io
 import math
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +48,11 @@ from scipy.stats import linregress
 
 import common
 from common import arg
-from data import testbeds
+from data import testbeds, trajectories
 
 KINDS = ("zero-shot", "new-head", "head-only", "random")  # what a trajectory starts from
 # Differs (E6): App. B.1 has SGD with momentum 0.9, weight decay 1e-4, 100 or 250 epochs
 PRESETS = {"digits": {"epochs": 8, "batch": 64, "warmup": 38}}  # as vrf.py's
-COLUMNS = (
-    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
-    "k_nobody,n_nobody,beta,er,er_lo,er_hi,extrapolated"
-).split(",")
 
 
 @dataclass
@@ -207,20 +202,34 @@ class Bench:
     nobody: dict  # shift -> bool [N], images that no testbed model gets right
 
 
-def make_bench(config, data, clip, testbed):
+def make_bench(config, testbed, splits, images=None):
+    half, nobody, found = {}, {}, {}
+    for ood in testbed.id_of:
+        n = len(splits[ood].labels)
+        half[ood] = np.random.default_rng(0).permutation(n) < n // 2
+        right = testbed.right.get(ood)  # None: the testbed is known by counts alone
+        nobody[ood] = np.zeros(n, bool) if right is None else nobody_right(right)
+        found[ood] = baseline(testbed, ood)
+    redraws = testbeds.redraw(testbed, config.draws)
+    return Bench(testbed, found, redraws, splits, images, half, nobody)
+
+
+def in_memory(data, clip):
+    """The splits that a run is evaluated on, by name, and their images as tensors."""
     splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
     transform, images = common.eval_transform(clip.size, clip.mean, clip.std), {}
     for name, split in splits.items():
         read = common.Images(split, transform)
         images[name] = torch.stack([read[i, 0][0] for i in range(len(read))])
-    half, nobody, found = {}, {}, {}
-    for ood in testbed.id_of:
-        n = testbed.n[ood]
-        half[ood] = np.random.default_rng(0).permutation(n) < n // 2
-        nobody[ood] = nobody_right(testbed.right[ood])
-        found[ood] = baseline(testbed, ood)
-    redraws = testbeds.redraw(testbed, config.draws)
-    return Bench(testbed, found, redraws, splits, images, half, nobody)
+    return splits, images
+
+
+def on_device(model, head_only=False):
+    """Function of images, or of features, on the CPU to logits."""
+    device = model.head.weight.device
+    if head_only:
+        return lambda features: model.classify(features.to(device))
+    return lambda images: model.eval()(images.to(device))[1]
 
 
 @torch.inference_mode()
@@ -234,8 +243,8 @@ def score(bench, classify, inputs):
 
 
 def measure(bench, run, right):
-    """Rows (dicts of COLUMNS) of one checkpoint: its ER on every shift, and their mean, which has
-    an interval of its own. ID and OOD accuracies are of the same weights.
+    """Rows of one checkpoint, as in data/trajectories.py: its ER on every shift, and their mean,
+    which has an interval of its own. ID and OOD accuracies are of the same weights.
     """
     rows, drawn = [], []
     for ood, line in bench.lines.items():
@@ -257,38 +266,6 @@ def measure(bench, run, right):
     mean = {"shift": "mean", "er": np.mean([r["er"] for r in rows]), "er_lo": low, "er_hi": high}
     same = {c: rows[0][c] for c in ("k_id", "n_id", "k_val", "n_val", "extrapolated")}
     return [*rows, {**run, **same, **mean}]
-
-
-def append(path, rows):
-    """Rows to a trajectory file, on disk before this returns: a crash loses one evaluation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or not path.stat().st_size
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            out.writeheader()
-        out.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_rows(path, shifts=None):
-    """Rows of a trajectory file, numbers as numbers. With `shifts` (their number), only whole
-    evaluations: of one that a crash cut short nothing is used.
-    """
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["extrapolated"]]
-    steps = [r["step"] for r in rows]
-    rows = [r for r in rows if not shifts or steps.count(r["step"]) == shifts + 1]
-
-    def number(name, text):
-        if name in ("run", "model", "init", "shift") or text == "":
-            return text
-        return int(text) if text.isdigit() else float(text)
-
-    return [{name: number(name, text) for name, text in r.items()} for r in rows]
 
 
 def cadence(per_epoch, epochs):
@@ -352,38 +329,30 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
     key += [bench.testbed.models, bench.testbed.k, config.draws, run, clip.key]
     key += [[getattr(config, f) for f in ("epochs", "batch", "weight_decay", "warmup", "clip")]]
     file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
-    path, steps = Path(config.out) / "trajectories" / file, cadence(per_epoch, epochs)
-    for resume in (config.resume, False):  # a checkpoint whose trajectory was lost: once more
-        rows = read_rows(path, len(bench.lines)) if resume else []
-        if path.exists() and len(path.read_text().splitlines()) != len(rows) + 1:
-            path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
-            append(path, rows)
-        known, model = {int(r["step"]) for r in rows}, copy.deepcopy(start)
-        if known >= set(steps):
-            break
-        inputs, classify = bench.images, lambda x, model=model: model(x)[1]
+    path = Path(config.out) / "trajectories" / file
+
+    def attempt(probe, resume):
+        again, model = dataclasses.replace(config, resume=resume), copy.deepcopy(start)
+        inputs, classify = bench.images, on_device(model)
         if kind == "head-only":
             split = bench.splits.items()
             inputs = {s: common.frozen_features(config, model, x, clip)[0] for s, x in split}
-            classify = model.classify
+            classify = on_device(model, head_only=True)
 
-        def probe(done, model=model, known=known, inputs=inputs, classify=classify):
-            if done in steps and done not in known:
-                model.eval()
-                at = {"step": done, "epoch": done / per_epoch}
-                append(path, measure(bench, run | at, score(bench, classify, inputs)))
-                known.add(done)
+        def at(done):
+            probe(done, lambda: score(bench, classify, inputs))
 
-        config.resume = resume
-        args = config, name, model, data.train, clip, lr, seed
+        args = again, name, model, data.train, clip, lr, seed
         if kind == "head-only":
-            common.linear_probe(*args, probe=probe)
-        else:
-            also = {"loss": name} if loss else None
-            common.fine_tune(*args, probe=probe, also=also, loss_of=loss(model) if loss else None)
-        if known >= set(steps):
-            break
-    return path
+            return common.linear_probe(*args, probe=at)
+        also = {"loss": name} if loss else None
+        common.fine_tune(*args, probe=at, also=also, loss_of=loss(model) if loss else None)
+
+    def rows_at(done, right):
+        return measure(bench, run | {"step": done, "epoch": done / per_epoch}, right)
+
+    steps = cadence(per_epoch, epochs)
+    return trajectories.record(path, steps, len(bench.lines), rows_at, attempt, config.resume)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -392,13 +361,18 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
 def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier, Bench; studies/er_axes.py, too."""
     from data import scratch
+    from studies import er_published
 
     config, data = common.begin(Config, argv, __doc__, PRESETS)
     if config.quick:
         config.lr, config.epochs, config.epochs_random = "2e-4", 2, 1
     clip, zero_shot = common.zero_shot(config, data)
-    bench = make_bench(config, data, clip, scratch.testbed(config, data, config.quick))
-    testbeds.write_counts(bench.testbed, Path(config.out) / "trajectories/testbed.csv")
+    testbed = scratch.testbed(config, data, config.quick)
+    bench = make_bench(config, testbed, *in_memory(data, clip))
+    folder = Path(config.out) / "trajectories"
+    testbeds.write_counts(bench.testbed, folder / "testbed.csv")
+    scored = partial(score, bench, on_device(zero_shot), bench.images)
+    er_published.write_by_image(bench.testbed, scored, folder / "by_image.csv")
     return config, data, clip, zero_shot, bench
 
 
@@ -408,21 +382,6 @@ def work(argv, jobs, run):
     with contextlib.redirect_stdout(io.StringIO()):
         config, *world, bench = prepare(argv)
         return follow(config, *world, bench, *run)
-
-
-def together(config, argv, runs):
-    """`follow` of all runs, config.jobs at a time: threads gain little on tensors this small.
-    -> paths, in the order of the runs
-    """
-    spawn = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, mp_context=spawn) as pool:
-        longest = sorted(runs, key=lambda run: -run[2])
-        tasks = {run: pool.submit(work, argv, config.jobs, run) for run in longest}
-        try:
-            return [tasks[run].result() for run in runs]
-        except BaseException:  # Ctrl-C or an error of one: start no other
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def main(argv=None):
@@ -445,11 +404,13 @@ def main(argv=None):
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [(*run, seed) for seed in seeds for run in plan(config)]
     if config.jobs > 1 and common.pick_device(config.device).type == "cpu":
-        paths = together(config, sys.argv[1:] if argv is None else argv, runs)
+        words = sys.argv[1:] if argv is None else argv
+        paths = trajectories.together(work, config.jobs, words, runs)
     else:
         paths = [follow(config, *world, bench, *run) for run in runs]
-    rows = [r for path in paths for r in read_rows(path, len(bench.lines))]
-    return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws)
+    rows = [r for path in paths for r in trajectories.read(path, len(bench.lines))]
+    by_image = trajectories.read_plain(Path(config.out) / "trajectories")
+    return er_report.report(config, bench.testbed, bench.lines, rows, bench.redraws, by_image)
 
 
 if __name__ == "__main__":

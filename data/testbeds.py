@@ -133,6 +133,29 @@ def pairs(sets):
     return known or dict.fromkeys(others, first)
 
 
+def restricted(testbed, shifts):
+    """The part of a testbed that some of its shifts need."""
+    id_of = {ood: testbed.id_of[ood] for ood in shifts}
+    sets = [s for s in testbed.n if s in {*id_of, *id_of.values()}]
+    n, k = ({s: part[s] for s in sets} for part in (testbed.n, testbed.k))
+    right = {s: testbed.right[s] for s in sets if testbed.right}
+    return Testbed(testbed.name, testbed.models, n, k, id_of, right, testbed.studied)
+
+
+def joined(a, b):
+    """Two testbeds known by counts as one, models by name; nan where one has not the model."""
+    models = list(dict.fromkeys([*a.models, *b.models]))
+    k = {}
+    for part in (a, b):
+        rows = [models.index(m) for m in part.models]
+        for s, counts in part.k.items():
+            k[s] = np.full(len(models), np.nan)
+            k[s][rows] = counts
+    studied = tuple(dict.fromkeys([*a.studied, *b.studied]))
+    name = f"{a.name} and {b.name}"
+    return Testbed(name, models, a.n | b.n, k, a.id_of | b.id_of, {}, studied)
+
+
 def write_counts(testbed, path):
     """The form that `read_counts` reads."""
 
@@ -142,7 +165,8 @@ def write_counts(testbed, path):
             out.writerow(["model", "role", *(f"{s}:{n}" for s, n in testbed.n.items())])
             for i, m in enumerate(testbed.models):
                 role = "studied" if m in testbed.studied else "testbed"
-                out.writerow([m, role, *(int(k[i]) for k in testbed.k.values())])
+                counts = (k[i] for k in testbed.k.values())
+                out.writerow([m, role, *("" if np.isnan(k) else int(k) for k in counts)])
 
     common.try_write(path, write)
 
@@ -173,7 +197,9 @@ class Redraws:
 
     def accuracy(self, name, right=None, k=None, n=None):
         """[R], of a model that is known by image (drawn with the testbed's), or by counts."""
-        if right is None:
+        if right is not None and not self.weights:
+            k, n = right.sum(), len(right)
+        if right is None or not self.weights:
             return self.rng.binomial(n, k / n, len(next(iter(self.lines.values()))[0])) / n
         return self.weights[name] @ right.astype(np.float32) / len(right)
 

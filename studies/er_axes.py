@@ -18,16 +18,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
 import er_study  # noqa: E402
-from data import scratch  # noqa: E402
+from data import scratch, trajectories  # noqa: E402
 from studies import er_report  # noqa: E402
 
 AT = (0.8, 0.85, 0.9, 0.92, 0.94)  # ID accuracies of every comparison
 RATE = 2e-4  # of every run here: er_study.py's middle one
+PER_CLASS = 100  # images in a subset of `difficulty`
+CORPORA = {  # of `pretraining`: domains (None: all ten), images
+    "128 images": (None, 128),
+    "1024 images": (None, 1024),
+    "8192 images": (None, 8192),
+    "2 domains": (2, 8192),
+    "5 domains": (5, 8192),
+}
 
 
 # --- strategies: what might keep ER at high ID accuracy -------------------------------------------
@@ -77,14 +86,14 @@ def mixed(config, data, clip, zero_shot, bench, seed):
     name = f"weights mixed, seed {seed}"
     file = f"{common.slug(name)}-{common.hash_of(key)}.csv"
     path = Path(config.out) / "trajectories" / file
-    done = {r["step"] for r in er_study.read_rows(path, len(bench.lines))}
+    done = {r["step"] for r in trajectories.read(path, len(bench.lines))}
     between, run = copy.deepcopy(zero_shot), {"run": name, "model": config.model}
     for step in set(range(11)) - done:
         weights = vrf.wse(zero_shot.state_dict(), model.state_dict(), step / 10)
         between.load_state_dict(weights)
-        right = er_study.score(bench, lambda x: between.eval()(x)[1], bench.images)
+        right = er_study.score(bench, er_study.on_device(between), bench.images)
         at = {"init": "zero-shot", "lr": RATE, "seed": seed, "step": step, "epoch": step / 10}
-        er_study.append(path, er_study.measure(bench, run | at, right))
+        trajectories.append(path, er_study.measure(bench, run | at, right))
     return path
 
 
@@ -139,17 +148,17 @@ def subset(score, labels, which, per_class, seed=0):
 
 
 def difficulty(config, data, clip, zero_shot, bench, seed):
-    """E7: fine-tuning on 100 images of each class, for as many steps as on all."""
+    """E7: fine-tuning on PER_CLASS images of each class, for as many steps as on all 3,000."""
     x, y = scratch.grey(data.train), data.train.labels
     key = [data.train.fingerprint, 0]
     score = common.cached(config, "difficulty", key, lambda: {"score": held_out_score(x, y)})
     paths, epochs = [], 3 * config.epochs
     for which in ("easiest", "random", "hardest"):
-        rows = subset(score["score"], y, which, 100, seed)
+        rows = subset(score["score"], y, which, PER_CLASS, seed)
         images = data.train.images[rows.numpy()]
         train = dataclasses.replace(data.train, images=images, labels=y[rows])
         args = config, dataclasses.replace(data, train=train), clip, zero_shot, bench
-        name = f"{which} 1000"
+        name = f"{which} {len(rows)}"
         paths.append(er_study.follow(*args, "zero-shot", RATE, epochs, seed, name))
     return paths
 
@@ -157,16 +166,17 @@ def difficulty(config, data, clip, zero_shot, bench, seed):
 # --- pre-training ---------------------------------------------------------------------------------
 
 
-def pretraining(config, data, clip, zero_shot, bench, seed, steps=400):
-    """E5, E6: CLIPs of `steps` steps on fewer images, or on fewer domains; each fine-tuned with a
-    new head, so that all start at chance. About 2 CPU minutes of pre-training each.
+def pretraining(config, data, clip, zero_shot, bench, seed, steps=1500):
+    """E5, E6: no pre-training (er_study.py's random start), and CLIPs of `steps` steps on fewer
+    images, or as many of fewer domains; each fine-tuned with a new head, so that all start at
+    chance. As many steps as the shipped CLIP has: after 300 none of the five is past chance by
+    much (zero-shot 15 to 31 % on ID) and there is no ER to compare. 40 CPU minutes.
     """
     from data import pretrain
 
-    settings = {"128 images": (None, 128), "1024 images": (None, 1024), "8192 images": (None, 8192)}
-    settings |= {"2 domains": (2, 8192), "5 domains": (5, 8192)}
-    paths = []
-    for name, (domains, size) in settings.items():
+    none = "random", config.lr_random, config.epochs_random, seed
+    paths = [er_study.follow(config, data, clip, zero_shot, bench, *none)]
+    for name, (domains, size) in CORPORA.items():
         weights = Path(config.out) / "pretrained" / f"{common.slug(name)}-{steps}-{seed}.npz"
         if not weights.is_file():
             weights.parent.mkdir(parents=True, exist_ok=True)
@@ -181,103 +191,178 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=400):
 # --- every method of this repository --------------------------------------------------------------
 
 
-def methods(config, data, clip, zero_shot, bench, seed):
-    """The tables' rows of vrf.py, carot.py and spd.py as points: their training, their choices, our
-    ER. One file, a row of theirs as a run of one checkpoint; no rows tuned on the test sets.
+def tuned(config, seed):
+    """vrf.py's config, data, CLIP and {name: fine-tuned Classifier} of vrf.py, carot.py and spd.py:
+    their training, their choices (strengths by ID val), read back if trained before.
     """
     import carot
     import spd
     import vrf
 
-    words = ["--device", config.device, "--seed", str(seed), "--out"]
-    scripts = {"vrf": vrf, "carot": carot, "spd": spd}
-    rows = [r for name, x in scripts.items() for r in x.main([*words, f"{config.out}/{name}"])]
+    def words(name, *more):
+        return [
+            "--device",
+            config.device,
+            "--seed",
+            str(seed),
+            "--out",
+            f"{config.out}/{name}",
+            *more,
+        ]
+
+    own = vrf.prepare(words("vrf"))
+    models = vrf.train_models(*own, seed)
+    theirs = carot.prepare(words("carot", "--methods", "FLYP,CaRot"))
+    trained = carot.train_models(*theirs, seed)
+    models |= {name: trained[name] for name in ("FLYP", "CaRot")}
+    recipe, data = common.begin(spd.Config, words("spd"), spd.__doc__, spd.PRESETS)
+    best, val = {}, own[1].val
+    for name, (family, strength, make) in spd.recipes(recipe).items():
+        model = spd.train(recipe, name, data, own[2], own[3], make, seed)
+        right = common.predict(recipe, {"": model}, val, own[2])[""].right
+        if family not in best or right.sum() > best[family][0]:
+            best[family] = right.sum(), model, strength
+    models |= {f: model for f, (_, model, _) in best.items()}
+    return own[:3], models
+
+
+def mixtures(config, data, clip, zero_shot, name, model, seed):
+    """{row: {split: probabilities [N, C]}} of a fine-tuned model: alone, and with zero-shot by WSE,
+    OSE and VRF as vrf.py has them, alpha and (a, b) by ID val.
+    """
+    import vrf
+
+    models = {"ZS": zero_shot, "Fine-tuned": model}
+    rows, pairs = vrf.evaluate(config, data, clip, models, seed)
+    chosen = {r["method"].removeprefix("Fine-tuned "): r["choice"] for r in rows}
+    pairs = {s: e for s, e in pairs["Fine-tuned"].items() if s != "val"}
+    known = vrf.ensembles(config, vrf.ab_candidates(config, data.kind))
+    out = {name: {s: e.raw[1] for s, e in pairs.items()}}
+    between = copy.deepcopy(zero_shot)
+    weights = vrf.wse(zero_shot.state_dict(), model.state_dict(), chosen["+WSE"])
+    between.load_state_dict(weights)
+    out[f"{name} +WSE"] = {
+        s.name: common.predict(config, {"": between}, s, clip)[""].logits.softmax(1)
+        for s in (data.test, *data.shifts)
+    }
+    for row in ("+OSE", "+VRF"):
+        f = known[row][1]
+        out[f"{name} {row}"] = {s: f(e, chosen[row]) for s, e in pairs.items()}
+    return out
+
+
+def methods(config, data, clip, zero_shot, bench, seed):
+    """Every fine-tuned model of this repository, with and without ensembles, as points with their
+    ECE. One file, a row of the table as a run of one checkpoint; nothing tuned on the test sets.
+    """
+    args, models = tuned(config, seed)
     path = Path(config.out) / "trajectories" / f"methods-seed-{seed}.csv"
     path.unlink(missing_ok=True)
-    seen = {"ZS", "FT"}  # carot.py's names of what vrf.py has; a temperature (TS) moves no argmax
-    for row in rows:
-        if row["method"] in seen or any(x in row["method"] for x in ("oracle", "+TS")):
-            continue
-        seen.add(row["method"])
-        run = {"run": f"{row['method']}, seed {seed}", "model": config.model, "init": "zero-shot"}
-        right = {s: r.numpy() for s, r in row["right"].items()}
-        at = {"lr": 0, "seed": seed, "step": 0, "epoch": 0}
-        er_study.append(path, er_study.measure(bench, run | at, right))
+    labels = {s.name: s.labels for s in (data.test, *data.shifts)}
+    for name, model in models.items():
+        if name in ("ZS", "LC"):
+            name = {"ZS": "Zero-shot", "LC": "Linear classifier"}[name]
+            parts = {
+                s.name: common.predict(args[0], {"": model}, s, clip)[""]
+                for s in (data.test, *data.shifts)
+            }
+            found = {name: {s: x.logits.softmax(1) for s, x in parts.items()}}
+        else:
+            found = mixtures(*args, models["ZS"], name, model, seed)
+        for row, p in found.items():
+            right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
+            ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
+            run = {"run": f"{row}, seed {seed}", "model": config.model, "init": "zero-shot"}
+            run |= {"lr": 0, "seed": seed, "step": 0, "epoch": 0}
+            trajectories.append(path, with_ece(er_study.measure(bench, run, right), ece, bench))
     return [path]
+
+
+def with_ece(rows, ece, bench):
+    """Rows of `measure`, and the ECE of the same model: {set: share}."""
+    shifts = list(bench.lines)
+    ece = ece | {"mean": float(np.mean([ece[s] for s in shifts]))}
+    at_home = ece[bench.lines[shifts[0]].id]
+    return [r | {"ece_id": at_home, "ece_ood": ece[r["shift"]]} for r in rows]
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
 def print_at(groups, shift):
-    """ER at equal ID accuracies, mean over seeds and their range."""
+    """ER at equal ID accuracies and at the end: of one run with its saved interval (models and
+    images), of several the mean with the interval of the mean over runs.
+    """
     lines = []
     for name, runs in groups.items():
         curves = [er_report.curve(rows, shift) for rows in runs.values()]
-        cells = []
-        for accuracy in AT:
-            er = [100 * er_report.at_accuracy(c, accuracy) for c in curves]
-            spread = f" [{min(er):+.1f}, {max(er):+.1f}]" if len(er) > 1 else ""
-            cells.append(er_report.signed(np.mean(er)) + spread)
-        ends = (
-            100 * np.mean([c["id"][-1] for c in curves]),
-            100 * np.mean([c["er"][-1] for c in curves]),
-        )
-        lines.append([name, *cells, f"{ends[0]:.1f}", f"{ends[1]:+.1f}"])
-    header = ["run", *(f"ID {100 * a:g}" for a in AT), "last ID", "last ER"]
-    title = f"ER on {shift} in points at equal ID accuracy, mean [range over seeds]; -: not passed"
+        cells = [er_report.over_runs([er_report.at_accuracy(c, a) for c in curves]) for a in AT]
+        last = er_report.over_runs([c["er"][-1] for c in curves])
+        if len(curves) == 1:
+            last += " [{:+.1f}, {:+.1f}]".format(*(100 * curves[0][x][-1] for x in ("lo", "hi")))
+        at_home = 100 * np.mean([c["id"][-1] for c in curves])
+        lines.append([name, *cells, f"{at_home:.1f}", last])
+    header = ["run", *(f"ID {100 * a:g}" for a in AT), "last ID", "last ER [95 %]"]
+    title = f"ER on {shift} in points at equal ID accuracy; -: not passed"
     print("\n" + common.table(header, lines, title))
 
 
 def print_points(groups, shift):
-    """Points of `methods`: ID, OOD mean, ER with intervals."""
+    """Points of `methods`: accuracy, ECE and ER with its interval; mean over seeds."""
     lines = []
     for name, runs in groups.items():
         cells = []
         for s in (shift, "mean"):
             curves = [er_report.curve(rows, s) for rows in runs.values()]
+            own = [r for rows in runs.values() for r in rows if r["shift"] == s]
             ood, er, lo, hi = (
                 100 * np.mean([c[x][0] for c in curves]) for x in ("ood", "er", "lo", "hi")
             )
-            cells += [f"{ood:.1f}", f"{er:+.1f} [{lo:+.1f}, {hi:+.1f}]"]
-        lines.append([name, f"{100 * np.mean([c['id'][0] for c in curves]):.1f}", *cells])
-    header = ["method", "ID", shift, "ER [95 %]", "mean shift", "ER [95 %]"]
-    print("\n" + common.table(header, lines, "accuracy in %, ER in points"))
+            ece = [np.mean([r[f"ece_{x}"] for r in own]) for x in ("id", "ood")]
+            cells += [
+                f"{ood:.1f}",
+                f"{ece[1]:.3f}".lstrip("0"),
+                f"{er:+.1f} [{lo:+.1f}, {hi:+.1f}]",
+            ]
+        at_home = f"{100 * np.mean([c['id'][0] for c in curves]):.1f}"
+        lines.append([name, at_home, f"{ece[0]:.3f}".lstrip("0"), *cells])
+    header = ["method", "ID", "ECE", shift, "ECE", "ER [95 %]", "mean shift", "ECE", "ER [95 %]"]
+    print("\n" + common.table(header, lines, "accuracy in %, ECE as a share, ER in points"))
 
 
-NAMED = (
-    "Zero-shot,LC,E2E-FT,E2E-FT +OSE,E2E-FT +VRF,LP-FT,LP-FT +VRF,FLYP,CaRot,AdamW"
-    ";L2-SP, by ID val;Adam-SPD, by ID val"
-)
+FAMILIES = "Zero-shot,Linear classifier,E2E-FT,LP-FT,FLYP,CaRot,AdamW,L2-SP,Adam-SPD".split(",")
+MARKS = {"": "o", " +WSE": "s", " +OSE": "D", " +VRF": "^"}
 
 
-def figure_points(config, groups, shift):
-    """ER of every method against its ID accuracy, on one shift and in the mean."""
+def figure_points(config, found, groups, shift):
+    """ER of every method against its ID accuracy, on one shift and in the mean: colour by training,
+    mark by ensemble, intervals where there is none.
+    """
     fig, (axes,) = common.new_figure(columns=2)
-    first, *others = NAMED.split(";")
-    named, numbers = [*first.split(","), *others], []
+    numbers = []
     for axis, s in zip(axes, (shift, "mean"), strict=True):
+        line = found[s if s in found else shift]
+        er_report.id_axis(axis, line, 0.76, 0.965)
         for name, runs in groups.items():
+            family, _, ensemble = name.partition(" +")
             c = [er_report.curve(rows, s) for rows in runs.values()]
             x, y, low, high = (
                 100 * np.mean([x[k][0] for x in c]) for k in ("id", "er", "lo", "hi")
             )
             numbers.append((s, name, x, y, low, high))
-            if name in named:
-                i = named.index(name)
-                look = {
-                    "fmt": "osD^"[i % 4],
-                    "ms": 4,
-                    "lw": 0.8,
-                    "label": name,
-                    "color": f"C{i % 10}",
-                }
-                axis.errorbar(x, y, [[y - low], [high - y]], **look)
-            else:
-                axis.plot(x, y, ".", color="0.75")
-        axis.set(xlabel="ID accuracy, %", ylabel="ER, points [95 %]")
-        axis.set_title(f"effective robustness, {s if s != 'mean' else 'mean of all shifts'}")
-    axes[0].legend(fontsize=6)
+            i = FAMILIES.index(family)
+            look = {"fmt": MARKS[f" +{ensemble}" if ensemble else ""], "color": f"C{i}", "ms": 4}
+            spread = None if ensemble else [[y - low], [high - y]]
+            axis.errorbar(
+                logit(x / 100), y, spread, lw=0.8, label=None if ensemble else name, **look
+            )
+        axis.set(ylabel="ER, points [95 %]")
+        text = er_report.caption(found[s]) if s in found else f"mean of {len(found)} shifts"
+        axis.set_title(f"ER on {text}", fontsize=8)
+    for ensemble, mark in MARKS.items():
+        if ensemble:
+            axes[0].plot([], [], mark, color="0.4", ms=4, label=f"the same{ensemble}")
+    axes[0].legend(fontsize=6, loc="lower left", ncols=2)
     header = ["shift", "method", "id", "er", "lo", "hi"]
     common.save_figure(fig, f"{config.out}/figures/er_methods", header, numbers)
 
@@ -288,19 +373,25 @@ def main(argv=None):
     known |= {"pretraining": pretraining, "methods": methods}
     axis = argv.pop(0) if argv and not argv[0].startswith("-") else ""
     (axis,) = common.choose(axis, known, "the first word") or ["strategies"]
-    config, *world, bench = er_study.prepare(argv)
-    rows = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        for path in known[axis](config, *world, bench, seed):
-            rows += er_study.read_rows(path, None if axis == "methods" else len(bench.lines))
-    groups, shift = er_report.by_run(rows), er_report.best_line(bench.lines)
-    er_report.print_lines(bench.testbed, bench.lines, bench.redraws)
+    config = common.parse(er_study.Config, argv, __doc__)
+    if config.plot:
+        testbed, found, rows = er_report.saved(config, whole=axis != "methods")
+    else:
+        config, *world, bench = er_study.prepare(argv)
+        testbed, found, rows = bench.testbed, bench.lines, []
+        shifts = None if axis == "methods" else len(found)
+        for seed in range(config.seed, config.seed + config.seeds):
+            for path in known[axis](config, *world, bench, seed):
+                rows += trajectories.read(path, shifts)
+    groups, shift = er_report.by_run(rows), er_report.best_line(found)
+    er_report.print_lines(testbed, found)
+    if axis == "methods":
+        print_points(groups, shift)
+        figure_points(config, found, groups, shift)
+        return groups
     for s in (shift, "mean"):
-        if axis == "methods":
-            print_points(groups, shift)
-            figure_points(config, groups, shift)
-            break
         print_at(groups, s)
+    er_report.figure_er(config, testbed, found, groups, (shift, "mean"), f"er_{axis}")
     return groups
 
 

@@ -2,6 +2,7 @@
 no image: `python er_study.py --testbed all` (or one testbed, or a public file) ends here.
 """
 
+import csv
 import re
 
 import numpy as np
@@ -29,6 +30,38 @@ def dominance(right):
     only_low = hits[:, None] - (right @ right.T).astype(np.float64)  # row right, column wrong
     low, high = np.nonzero(hits[:, None] < hits)
     return (hits[high] - hits[low]) / right.shape[1], only_low[low, high] / right.shape[1]
+
+
+def write_by_image(testbed, zero_shot, path):
+    """What the figures need of a testbed known by image. "pair": gap (x) and dominance (y) of each
+    pair of its models and of each with zero_shot() -> {set: bool [N]}, on ID and every shift.
+    "alone": how many (y) of the n images of a shift that no other model gets right each model does,
+    beside its ID accuracy (x). Written once.
+    """
+    if path.is_file():
+        return
+    right_of = zero_shot()
+    rows = []
+    for name in {**dict.fromkeys(testbed.id_of.values()), **testbed.id_of}:
+        right = testbed.right[name]
+        pairs = [("testbed", x, y) for x, y in zip(*dominance(right), strict=True)]
+        for row in right:
+            both = dominance(np.stack([row, right_of[name]]))
+            pairs += [("zero-shot", x, y) for x, y in zip(*both, strict=True)]
+        rows += [("pair", name, kind, "", f"{x:.6f}", f"{y:.6f}", "") for kind, x, y in pairs]
+    for ood, at_home in testbed.id_of.items():
+        right = testbed.right[ood]
+        for i, model in enumerate(testbed.models):
+            rest = er_study.nobody_right(np.delete(right, i, 0))
+            k, n = er_study.share_right(right[i], rest)
+            rows.append(("alone", ood, "", model, f"{testbed.accuracy(at_home)[i]:.6f}", k, n))
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            header = ["what", "set", "kind", "model", "x", "y", "n"]
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+    common.try_write(path, write)
 
 
 def studied_points(testbed, found, redraws):

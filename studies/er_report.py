@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import logit
+from scipy.stats import t as student
 
 import common
 import er_study
-from data import testbeds
+from data import testbeds, trajectories
 
 STORY = {
     "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
@@ -35,10 +36,9 @@ def curve(rows, shift):
     parts = []
     for s in shifts if shift == "mean" else [shift]:
         own = sorted((r for r in rows if r["shift"] == s), key=lambda r: r["step"])
-        c = {
-            name: np.array([r[name] for r in own])
-            for name in er_study.COLUMNS[5:7] + er_study.COLUMNS[8:-1]
-        }
+        counts = [c for c in trajectories.COLUMNS if c.startswith(("k_", "n_"))]
+        names = "step", "epoch", "beta", *counts
+        c = {name: np.array([r[name] for r in own]) for name in names}
         rest = (c["k_ood"] - c["k_half"]) / (c["n_ood"] - c["n_half"])
         ood = c["k_ood"] / c["n_ood"]
         part = {
@@ -76,9 +76,13 @@ def summarise(rows, shift, accuracies=(0.8, 0.9, 0.94)):
     top, best = int(c["er"].argmax()), int(c["val"].argmax())
     smooth = [np.median(c["er"][max(0, i - 1) : i + 2]) for i in range(len(c["er"]))]
     # Differs (E5): how the paper sums up a curve is not known to us
-    free = (c["b"][c["a"].argmax()] + c["a"][c["b"].argmax()]) / 2
+    picks = [(c["b"], c["a"].argmax()), (c["a"], c["b"].argmax())]  # scored on, chosen on the other
+    free = np.mean([er[i] for er, i in picks])
     out = {"start": c["er"][0], "start_lo": c["lo"][0], "start_hi": c["hi"][0]}
     out |= {"max": c["er"][top], "max_median": max(smooth), "max_free": free}
+    out |= {"rise": np.mean([er[i] - er[0] for er, i in picks])}
+    out |= {"fall": np.mean([er[i] - er[-1] for er, i in picks])}
+    out |= {f"free_{k}": np.mean([c[k][i] for _, i in picks]) for k in ("id", "epoch")}
     out |= {"max_id": c["id"][top], "max_epoch": c["epoch"][top]}
     out |= {"last": c["er"][-1], "last_lo": c["lo"][-1], "last_hi": c["hi"][-1]}
     last = max(rows, key=lambda r: r["step"])
@@ -112,13 +116,31 @@ def print_lines(testbed, found, redraws=None):
     print("\n" + common.table(header, rows, title))
 
 
+def mean_interval(values):
+    """Mean of runs, its 95 % interval by Student's t (nan for less than two).  [R] -> 3 numbers"""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(), math.nan, math.nan
+    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def over_runs(shares):
+    """'+3.1 [+2.0, +4.2]' in points, '+3.1' of one run, '-' if a run has none."""
+    mean, low, high = (100 * x for x in mean_interval(shares))
+    if math.isnan(mean) or math.isnan(low):
+        return signed(mean)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def signed(points):
     return "-" if math.isnan(points) else f"{points:+.1f}"
 
 
 def print_runs(groups, shift):
-    """Table of ER through fine-tuning, mean over seeds; intervals are those of the images and the
-    testbed, averaged over seeds, the SD is that over seeds.
+    """Table of ER through fine-tuning, mean over seeds. Intervals are those of images and testbed,
+    averaged over seeds; of "rise" and "fall", from start to the largest ER and on to the end, both
+    free of selection, those over runs.
     """
     lines = []
     for name, runs in groups.items():
@@ -128,7 +150,8 @@ def print_runs(groups, shift):
         say = "{:+.1f} [{:+.1f}, {:+.1f}]".format
         cells = [say(*(mean[k] for k in ("start", "start_lo", "start_hi")))]
         cells += [signed(mean[k]) for k in ("max", "max_median", "max_free")]
-        cells += [f"{mean['max_id']:.1f} / {mean['max_epoch'] / 100:.2g}"]
+        cells += [f"{mean['free_id']:.1f} / {mean['free_epoch'] / 100:.2g}"]
+        cells += [over_runs([x[k] for x in s]) for k in ("rise", "fall")]
         cells += [
             "{:.1f} [{:.1f}, {:.1f}]".format(*(mean[f"last_id{x}"] for x in ("", "_lo", "_hi")))
         ]
@@ -136,6 +159,7 @@ def print_runs(groups, shift):
         cells += [signed(mean[k]) for k in ("best_val", *(k for k in mean if k.startswith("at ")))]
         lines.append([name, *cells])
     header = ["ER in points", "start [95 %]", "max", "of medians", "unbiased", "at ID / epoch"]
+    header += ["rise", "fall"]
     header += ["last ID [95 %]", "last ER [95 %]", "best val", "at ID 80", "90", "94"]
     every = "all shifts, those without a line too" if shift == "mean" else shift
     title = f"effective robustness on {every}; -: that ID accuracy is not passed"
@@ -151,6 +175,13 @@ def logit_axes(axis, low=0.01, high=0.99):
     axis.set(xlabel="ID accuracy, %", ylabel="OOD accuracy, %")
 
 
+def caption(line):
+    return (
+        f"{line.ood}\nn {len(line.models)}, slope {line.slope:.2f}, intercept"
+        f" {line.intercept:.2f}, R² {line.r2:.3f}"
+    )
+
+
 def draw_line(axis, line, acc_id, acc_ood):
     """A testbed's points and line; dotted where extrapolated. Accuracies 0, 1 are drawn inside."""
     x, y = (logit(np.clip(a, 1e-3, 1 - 1e-3)) for a in (acc_id, acc_ood))
@@ -158,53 +189,138 @@ def draw_line(axis, line, acc_id, acc_ood):
     inside, ends = logit(np.array([line.low, line.high])), np.array(axis.get_xlim())
     axis.plot(ends, line.slope * ends + line.intercept, ":", color="0.4", lw=1)
     axis.plot(inside, line.slope * inside + line.intercept, color="0.4", lw=1.2)
-    axis.set_title(
-        f"{line.ood}\nslope {line.slope:.2f}, intercept {line.intercept:.2f}, R² {line.r2:.3f}",
-        fontsize=8,
-    )
+    axis.set_title(caption(line), fontsize=8)
 
 
-def figure(config, testbed, found, groups, shift):
-    """Accuracies on logit axes, ER against ID accuracy and against steps, and what the runs get of
-    the images that no testbed model gets right. From files alone.
-    """
-    fig, ((line_axis, er_axis), (step_axis, nobody_axis)) = common.new_figure(columns=2, rows=2)
-    line = found[shift]
+LOW, HIGH = 0.05, 0.995  # accuracies beyond are drawn here
+TICKS = (10, 20, 30, 50, 70, 80, 85, 90, 95, 98)
+
+
+def id_axis(axis, line, low=0.08, high=0.985):
+    """ID accuracy in logits, where the line is extrapolated shaded."""
+    ticks = [t for t in TICKS if low <= t / 100 <= high]
+    axis.set(xticks=logit(np.array(ticks) / 100), xticklabels=ticks, xlim=logit([low, high]))
+    for ends in ((low, line.low), (line.high, high)):
+        if ends[0] < ends[1]:
+            axis.axvspan(*logit(np.array(ends)), color="0.95", lw=0)
+    axis.set(xlabel="ID accuracy, %")
+
+
+def accuracies(testbed, line):
     rows = [testbed.row(m) for m in line.models]
-    acc = testbed.accuracy(line.id)[rows], testbed.accuracy(shift)[rows]
+    return testbed.accuracy(line.id)[rows], testbed.accuracy(line.ood)[rows]
+
+
+def own_er(testbed, line):
+    """ER of the baseline's own models: what ER is worth on this shift.  [M]"""
+    return er_study.effective_robustness(*accuracies(testbed, line), line.slope, line.intercept)
+
+
+def er_panel(axis, testbed, found, groups, shift):
+    """ER against ID accuracy, a colour per group; dark: the testbed's own range.  -> rows"""
+    line, numbers = found[shift if shift in found else best_line(found)], []
+    curves = {n: [curve(rows, shift) for rows in runs.values()] for n, runs in groups.items()}
+    least = min(c["id"].min() for of_run in curves.values() for c in of_run)
+    id_axis(axis, line, max(0.08, 0.95 * least))
+    if shift in found:
+        own = 100 * own_er(testbed, line)
+        axis.axhspan(own.min(), own.max(), color="0.88", lw=0)
+    axis.axhline(0, color="0.4", lw=0.8)
+    for i, (name, of_run) in enumerate(curves.items()):
+        for j, c in enumerate(of_run):
+            look = {"color": f"C{i % 10}", "ls": "-" if i < 10 else ":", "lw": 0.9, "ms": 2.5}
+            x = logit(np.clip(c["id"], LOW, HIGH))
+            axis.plot(x, 100 * c["er"], marker="o", label=name if j == 0 else None, **look)
+            columns = [c[k] for k in ("step", "id", "ood", "er", "lo", "hi")]
+            numbers += [(shift, name, *row) for row in zip(*columns, strict=True)]
+    axis.set(ylabel="ER, points")
+    text = caption(line) if shift in found else f"mean of {len(found)} shifts"
+    axis.set_title(f"ER on {text}", fontsize=8)
+    return numbers
+
+
+def figure_er(config, testbed, found, groups, shifts, name):
+    """ER against ID accuracy, a panel per shift."""
+    fig, (axes,) = common.new_figure(columns=len(shifts))
+    numbers = []
+    for axis, shift in zip(axes, shifts, strict=True):
+        numbers += er_panel(axis, testbed, found, groups, shift)
+    axes[0].legend(fontsize=6)
+    header = ["shift", "run", "step", "id", "ood", "er", "lo", "hi"]
+    common.save_figure(fig, f"{config.out}/figures/{name}", header, numbers)
+
+
+def figure(config, testbed, found, groups, shift, by_image):
+    """Accuracies on logit axes; ER against ID accuracy and against steps; both accuracies against
+    steps; what needs the testbed by image: what the runs get of the images that no testbed model
+    gets right, and dominance of pairs. From files alone.
+    """
+    fig, ((line_axis, er_axis, step_axis), bottom) = common.new_figure(columns=3, rows=2)
+    both_axis, nobody_axis, pair_axis = bottom
+    line = found[shift]
+    acc = accuracies(testbed, line)
     logit_axes(line_axis, 0.08, 0.99)
     draw_line(line_axis, line, *acc)
-    own = er_study.effective_robustness(*acc, line.slope, line.intercept)
-    er_axis.axhspan(100 * own.min(), 100 * own.max(), color="0.88")
-    ticks = (10, 20, 30, 50, 70, 80, 90, 95, 98)
-    er_axis.set(xticks=logit(np.array(ticks) / 100), xticklabels=ticks)
-    er_axis.axvspan(logit(0.08), logit(line.low), color="0.96", lw=0)
-    er_axis.set(xlim=logit([0.08, 0.985]), xlabel="ID accuracy, %", ylabel="ER, points")
-    er_axis.set_title(
-        f"ER on {shift}; dark: the testbed's own range, light: extrapolated", fontsize=8
-    )
     numbers = [("testbed", m, "", *xy) for m, *xy in zip(line.models, *acc, strict=True)]
+    numbers += [(r[1], "", *r[2:]) for r in er_panel(er_axis, testbed, found, groups, shift)]
     for i, (name, runs) in enumerate(groups.items()):
         for j, of_run in enumerate(runs.values()):
             c = curve(of_run, shift)
-            look = {"color": f"C{i}", "lw": 1, "ms": 2.5, "label": name if j == 0 else None}
-            shown = np.clip(c["id"], 0.05, 0.995)
-            line_axis.plot(logit(shown), logit(np.clip(c["ood"], 0.05, 0.995)), "o-", **look)
-            er_axis.plot(logit(shown), 100 * c["er"], "o-", **look)
-            step_axis.plot(np.maximum(c["step"], 0.5), 100 * c["er"], "o-", **look)
-            nobody_axis.plot(logit(shown), 100 * curve(of_run, "mean")["alone"], "o-", **look)
-            columns = [c[x] for x in ("step", "id", "ood", "er", "lo", "hi")]
-            numbers += [(name, "", *row) for row in zip(*columns, strict=True)]
-    for axis in (er_axis, step_axis):
-        axis.axhline(0, color="0.4", lw=0.8)
-    step_axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel="ER, points")
-    step_axis.set_title("the same, by step", fontsize=8)
-    nobody_axis.set(xticks=er_axis.get_xticks(), xticklabels=ticks, xlim=er_axis.get_xlim())
-    nobody_axis.set(xlabel="ID accuracy, %", ylabel="right, %")
-    nobody_axis.set_title("of the images that no testbed model gets right, all shifts", fontsize=8)
-    nobody_axis.legend(fontsize=7)
+            look = {"color": f"C{i % 10}", "lw": 0.9, "label": name if j == 0 else None}
+            dots = look | {"marker": "o", "ms": 2.5}
+            x, y = (logit(np.clip(c[k], LOW, HIGH)) for k in ("id", "ood"))
+            line_axis.plot(x, y, **dots)
+            steps = np.maximum(c["step"], 0.5)
+            step_axis.plot(steps, 100 * c["er"], **dots)
+            both_axis.plot(steps, 100 * c["id"], **look)
+            both_axis.plot(steps, 100 * c["ood"], **(look | {"ls": "--", "label": None}))
+            nobody_axis.plot(x, 100 * curve(of_run, "mean")["alone"], **dots)
+    step_axis.axhline(0, color="0.4", lw=0.8)
+    for axis, y, title in (
+        (step_axis, "ER, points", f"ER on {shift} by step"),
+        (both_axis, "accuracy, %", f"ID (solid) and {shift} (dashed) by step"),
+    ):
+        axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel=y)
+        axis.set_title(title, fontsize=8)
+    nobody_panel(nobody_axis, line, by_image)
+    pair_panel(pair_axis, line.id, by_image)
+    step_axis.legend(fontsize=6)
     header = ["series", "model", "step", "id", "ood", "er", "lo", "hi"]
     common.save_figure(fig, f"{config.out}/figures/er_study", header, numbers)
+
+
+def nobody_panel(axis, line, by_image):
+    """Titles, and for scale what each testbed model gets right of the images that no other gets."""
+    id_axis(axis, line)
+    alone = [r for r in by_image if r["what"] == "alone"]
+    for model in dict.fromkeys(r["model"] for r in alone):
+        own = [r for r in alone if r["model"] == model]
+        k, n = (sum(float(r[x]) for r in own) for x in ("y", "n"))
+        x = logit(np.clip(float(own[0]["x"]), LOW, HIGH))
+        axis.plot(x, 100 * k / max(n, 1), "o", ms=3, color="0.6")
+    axis.set(ylabel="right, %")
+    said = "grey: testbed models, of what no other gets" if alone else "testbed known by counts"
+    axis.set_title(
+        f"of the images that no testbed model gets right, all shifts\n{said}", fontsize=8
+    )
+
+
+def pair_panel(axis, at_home, by_image):
+    """Dominance probability against the gap in accuracy: pairs of testbed models, pairs with the
+    zero-shot model.
+    """
+    for kind, colour in (("testbed", "0.6"), ("zero-shot", "C3")):
+        own = [r for r in by_image if (r["what"], r["set"], r["kind"]) == ("pair", at_home, kind)]
+        if not by_image:
+            axis.text(0.5, 0.5, "testbed known by counts", ha="center", transform=axis.transAxes)
+            break
+        if own:
+            x, y = (np.array([float(r[k]) for r in own]) for k in ("x", "y"))
+            label = f"{kind}: {len(own)} pairs, mean {y.mean():.3f}"
+            axis.plot(100 * x, y, "o", ms=2.5, color=colour, label=label)
+            axis.legend(fontsize=6)
+    axis.set(xlabel="gap in accuracy, points", ylabel="P[lower right, higher wrong]")
+    axis.set_title(f"dominance probability on ID ({at_home})", fontsize=8)
 
 
 def best_line(found):
@@ -212,13 +328,13 @@ def best_line(found):
     return max(found, key=lambda s: found[s].r2)
 
 
-def report(config, testbed, found, rows, redraws=None):
+def report(config, testbed, found, rows, redraws=None, by_image=()):
     """Tables, figure and three sentences, from the testbed's counts and trajectory rows alone."""
     groups, shift = by_run(rows), best_line(found)
     print_lines(testbed, found, redraws)
     for s in (shift, "mean"):
         print_runs(groups, s)
-    figure(config, testbed, found, groups, shift)
+    figure(config, testbed, found, groups, shift, by_image)
     summary(groups, found, shift)
     return groups
 
@@ -232,31 +348,46 @@ def summary(groups, found, shift):
     sentences = [said]
     for init, text in STORY.items():
         for name, runs in groups.items():
-            if not name.startswith(init):
-                continue
-            found_in = [summarise(rows, shift) for rows in runs.values()]
-            m = {k: 100 * np.mean([f[k] for f in found_in]) for k in found_in[0]}
-            gone = "includes" if m["last_lo"] <= 0 <= m["last_hi"] else "excludes"
-            sentences.append(
-                f"{text} ({name}): ER on {shift} is {m['start']:+.1f} points at the start, at most"
-                f" {m['max_free']:+.1f} (free of selection; it is at ID {m['max_id']:.0f} %),"
-                f" and {m['last']:+.1f} [{m['last_lo']:+.1f}, {m['last_hi']:+.1f}] at the end,"
-                f" which {gone} 0."
-            )
+            if name.startswith(init):
+                sentences.append(f"{text} ({name}): {told(list(runs.values()), shift)}")
     print()
     for number, text in enumerate(sentences, 1):
         print(textwrap.fill(f"{number}. {text}", 100, subsequent_indent="   "))
 
 
-def replay(config):
-    """--plot: the report of saved trajectories; the testbed's counts lie beside them."""
+def told(runs, shift):
+    """Is there a bump, how high, where, and is ER gone at the end?"""
+    s = [summarise(rows, shift) for rows in runs]
+    m = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
+    gone = "includes" if m["last_lo"] <= 0 <= m["last_hi"] else "excludes"
+    rise, fall = (over_runs([x[k] for x in s]) for k in ("rise", "fall"))
+    many = f"; intervals of rise and fall over {len(s)} runs" if len(s) > 1 else ""
+    return (
+        f"ER on {shift} is {m['start']:+.1f} points at the start, at most {m['max_free']:+.1f}"
+        f" (rise {rise}, free of selection, at ID {m['free_id']:.0f} %), then lower by {fall}:"
+        f" at the end {m['last']:+.1f} [{m['last_lo']:+.1f}, {m['last_hi']:+.1f}] (models and"
+        f" images), which {gone} 0{many}."
+    )
+
+
+def saved(config, whole=True):
+    """Testbed, lines and rows of --plot. `whole`: each file is one run, of whole evaluations."""
     paths = [Path(p) for p in sorted(glob.glob(config.plot))]
-    beds = [p for p in paths if p.name == "testbed.csv"] or [
-        p.parent / "testbed.csv" for p in paths
-    ]
+    beds = [p for p in paths if p.name == "testbed.csv"]
+    beds = beds or [p.parent / "testbed.csv" for p in paths]
     if not beds or not beds[0].is_file():
         raise common.InputError(f"--plot {config.plot}: no trajectories, or no testbed.csv by them")
     testbed = testbeds.read_counts(beds[0])
     found = {ood: er_study.baseline(testbed, ood) for ood in testbed.id_of}
-    rows = [r for p in paths if p.name != "testbed.csv" for r in er_study.read_rows(p, len(found))]
-    return report(config, testbed, found, rows)
+    paths = [p for p in paths if p.name not in ("testbed.csv", "by_image.csv")]
+    rows = [r for p in paths for r in trajectories.read(p, len(found) if whole else None)]
+    if not rows:
+        raise common.InputError(f"--plot {config.plot}: no whole evaluation in {len(paths)} files")
+    return testbed, found, rows
+
+
+def replay(config):
+    """--plot: the report of saved trajectories; the testbed's tables lie beside them."""
+    testbed, found, rows = saved(config)
+    folder = Path(sorted(glob.glob(config.plot))[0]).parent
+    return report(config, testbed, found, rows, by_image=trajectories.read_plain(folder))

@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 
 import common
 import er_study
-from data import scratch, testbeds
+from data import scratch, testbeds, trajectories
 from studies import er_axes, er_published, er_report
 
 
@@ -258,6 +258,31 @@ def test_the_interval_of_a_model_by_image_is_narrower_than_by_counts():
     assert 0 < widths[0] < widths[1]
 
 
+def test_the_slopes_interval_over_models_alone_is_that_of_the_public_cifar_testbed():
+    bed = testbeds.read("cifar10")
+    many = 10_000  # so many times the images, so that redrawing them adds nothing
+    k = {s: many * counts for s, counts in bed.k.items()}
+    bed = dataclasses.replace(bed, n={s: many * n for s, n in bed.n.items()}, k=k)
+    draws = testbeds.redraw(bed, 2000).lines["cifar10.1-v6"]
+    assert testbeds.interval(draws[0]) == pytest.approx((0.791, 0.876), abs=0.006)
+    assert testbeds.interval(draws[1]) == pytest.approx((-0.561, -0.344), abs=0.015)
+
+
+def test_a_public_table_in_percent_becomes_counts_and_its_blanks_nan(tmp_path):
+    known = testbeds.read("imagenet2020")
+    columns = ["model", *known.n, "another setting"]
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(columns)
+        for i, m in enumerate(known.models):
+            percent = [100 * known.k[s][i] / n for s, n in known.n.items()]
+            out.writerow([m, *("" if np.isnan(p) else f"{p:.4f}" for p in percent), "7"])
+    bed = testbeds.read(tmp_path / "table.csv")
+    assert bed.studied == known.studied and np.isnan(bed.k["imagenet-r"]).any()
+    for s in known.n:
+        np.testing.assert_array_equal(bed.k[s], known.k[s])
+
+
 # by image
 
 
@@ -344,7 +369,7 @@ def world(tmp_path_factory):
 def follow(world, kind="zero-shot", lr=1e-3, seed=0, out=None, data=None, **more):
     config, given, clip, zero_shot, bed = world
     config = dataclasses.replace(config, out=str(out or config.out))
-    bench = er_study.make_bench(config, data or given, clip, bed)
+    bench = er_study.make_bench(config, bed, *er_study.in_memory(data or given, clip))
     args = config, data or given, clip, zero_shot, bench, kind, lr, config.epochs, seed
     return er_study.follow(*args, **more)
 
@@ -363,8 +388,8 @@ def test_a_run_is_evaluated_at_the_start_log_spaced_in_epoch_one_and_then_by_epo
 
 
 def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path):
-    rows = er_study.read_rows(path, 2)
-    assert list(rows[0]) == er_study.COLUMNS
+    rows = trajectories.read(path, 2)
+    assert list(rows[0]) == trajectories.COLUMNS
     assert [r["shift"] for r in rows[:3]] == ["Scan", "UCI", "mean"]
     assert sorted({r["step"] for r in rows}) == er_study.cadence(3, 2)
     for r in rows:
@@ -378,7 +403,7 @@ def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path):
 
 def test_step_zero_is_the_zero_shot_model_and_id_and_ood_are_of_the_same_weights(world, path):
     config, data, clip, zero_shot, _ = world
-    row = er_study.read_rows(path, 2)[1]
+    row = trajectories.read(path, 2)[1]
     for split, k in ((data.test, "k_id"), (data.val, "k_val"), (data.shifts[1], "k_ood")):
         assert common.predict(config, {"": zero_shot}, split, clip)[""].right.sum() == row[k]
 
@@ -388,7 +413,7 @@ def test_replay_of_the_files_says_what_the_live_run_said(world, path):
     found = {s: er_study.baseline(bed, s) for s in bed.id_of}
     live = io.StringIO()
     with contextlib.redirect_stdout(live):
-        er_report.report(config, bed, found, er_study.read_rows(path, 2))
+        er_report.report(config, bed, found, trajectories.read(path, 2))
     pattern = path.parent / "zero-shot-lr-0-001-seed-0-*.csv"
     _, text = run("--plot", pattern, "--out", config.out)
     assert text == live.getvalue() and "2. " not in text  # none of the runs that it tells of
@@ -401,8 +426,8 @@ def test_poisoned_labels_of_the_shifts_change_no_training_and_no_choice(world, p
     data = copy.deepcopy(world[1])
     for s in data.shifts:
         s.labels = (s.labels + 1) % 10
-    poisoned = er_study.read_rows(follow(world, out=tmp_path, data=data), 2)
-    plain = er_study.read_rows(path, 2)
+    poisoned = trajectories.read(follow(world, out=tmp_path, data=data), 2)
+    plain = trajectories.read(path, 2)
     for name in ("step", "k_id", "k_val", "beta", "extrapolated"):
         assert [r[name] for r in poisoned] == [r[name] for r in plain]
     assert [r["k_ood"] for r in poisoned] != [r["k_ood"] for r in plain]
@@ -430,7 +455,7 @@ def test_a_crash_loses_one_evaluation_and_the_same_command_goes_on(
         patch.setattr(er_study, "measure", dies)
         follow(world, out=tmp_path)
     (part,) = tmp_path.glob("trajectories/*.csv")
-    assert len(er_study.read_rows(part, 2)) == 9
+    assert len(trajectories.read(part, 2)) == 9
     text = part.read_text()
     part.write_text(text + text.splitlines()[1][:30])  # cut short while writing
     assert follow(world, out=tmp_path) == part
@@ -448,7 +473,7 @@ def test_a_finished_trajectory_is_not_trained_again_and_a_lost_one_is(world, pat
 
 def test_the_head_alone_is_followed_on_frozen_features_as_the_whole_model_would_be(world):
     config, data, clip, zero_shot, bed = world
-    rows = er_study.read_rows(follow(world, "head-only", 0.1), 2)
+    rows = trajectories.read(follow(world, "head-only", 0.1), 2)
     model = er_study.start_of(config, data, clip, zero_shot, "head-only", 0)
     right = common.predict(config, {"": model}, data.shifts[0], clip)[""].right
     assert rows[0]["k_ood"] == right.sum()
@@ -469,6 +494,50 @@ def test_a_new_head_is_random_of_the_old_length_and_a_random_start_shares_nothin
         kinds["random"].visual.state_dict()[weight], old.visual.state_dict()[weight]
     )
     assert torch.equal(kinds["zero-shot"].head.weight, old.head.weight)
+
+
+def test_runs_in_processes_come_back_in_order_and_an_error_of_one_is_raised():
+    runs = [("a", 1e-3, 1), ("b", 1e-3, 3), ("c", 1e-3, 2)]
+    say = "{0} {1} {2[0]}".format  # of a built-in type, so that the processes need not import torch
+    assert trajectories.together(say, 2, "x", runs) == ["x 2 a", "x 2 b", "x 2 c"]
+    with pytest.raises(IndexError):
+        trajectories.together("{2[3]}".format, 1, "x", runs)
+
+
+@pytest.mark.skipif("ER_QUICK" not in os.environ, reason="ER_QUICK=1 runs the two-minute study")
+def test_the_quick_study_runs_from_end_to_end(tmp_path):
+    groups, text = run("--quick", "--out", tmp_path)
+    assert len(groups) == 4 and "effective robustness on UCI" in text
+    _, again = run("--plot", f"{tmp_path}/trajectories/*.csv", "--out", tmp_path)
+    assert again.endswith(text[text.index("effective robustness on") :])
+    assert (tmp_path / "figures/er_study.png").stat().st_size > 50_000
+
+
+# by image, beside the trajectories
+
+
+def test_pairs_and_left_out_shares_in_the_file_are_those_of_hand(tmp_path):
+    right = {"home": np.eye(3, 4, dtype=bool) | [1, 0, 0, 0], "away": np.zeros((3, 4), bool)}
+    right["away"][0, :3] = right["away"][1, 1] = right["away"][2, 1] = True
+    bed = testbeds.known_by_image("x", ["m0", "m1", "m2"], right, {"away": "home"})
+    other = np.array([0, 1, 0, 1], bool)
+    er_published.write_by_image(
+        bed, lambda: {"away": other, "home": other}, tmp_path / "by_image.csv"
+    )
+    rows = trajectories.read_plain(tmp_path)
+    pairs = [
+        (r["kind"], float(r["x"]), float(r["y"]))
+        for r in rows
+        if (r["what"], r["set"]) == ("pair", "away")
+    ]
+    assert pairs[:2] == [("testbed", 0.5, 0.0)] * 2  # m1, m2 tie
+    assert sorted(pairs[2:]) == [("zero-shot", 0.25, 0.0)] * 2 + [("zero-shot", 0.25, 0.25)]
+    alone = {r["model"]: (int(r["y"]), int(r["n"])) for r in rows if r["what"] == "alone"}
+    assert alone == {"m0": (2, 3), "m1": (0, 1), "m2": (0, 1)}
+    before = (tmp_path / "by_image.csv").stat().st_mtime_ns
+    er_published.write_by_image(bed, None, tmp_path / "by_image.csv")  # once is enough
+    assert (tmp_path / "by_image.csv").stat().st_mtime_ns == before
+    assert trajectories.read_plain(tmp_path / "nowhere") == []
 
 
 # what is said of a trajectory
@@ -502,6 +571,8 @@ def test_the_largest_er_of_a_run_on_the_line_is_positive_and_the_unbiased_one_is
     mean = {k: np.mean([f[k] for f in found]) for k in ("max", "max_median", "max_free", "last")}
     assert mean["max"] > 0.03 and 0.01 < mean["max_median"] < mean["max"]
     assert abs(mean["max_free"]) < 0.006 and abs(mean["last"]) < 0.006
+    rise, fall = (np.mean([f[k] for f in found]) for k in ("rise", "fall"))
+    assert abs(rise) < 0.006 and abs(fall) < 0.006
 
 
 def test_a_bump_is_found_where_it_is():
@@ -509,7 +580,16 @@ def test_a_bump_is_found_where_it_is():
     s = er_report.summarise(simulated(bump, n=40_000), "away")
     assert s["max_free"] == pytest.approx(0.2, abs=0.01) and s["max_epoch"] == 3
     assert abs(s["start"]) < 0.01 and abs(s["last"]) < 0.01
-    assert s["max_id"] == pytest.approx(0.4 + 0.5 * 6 / 11)
+    assert s["max_id"] == s["free_id"] == pytest.approx(0.4 + 0.5 * 6 / 11)
+    assert (s["rise"], s["fall"]) == pytest.approx((0.2, 0.2), abs=0.01)
+
+
+def test_the_interval_over_runs_is_students_and_one_run_has_none():
+    mean, low, high = er_report.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, high - mean) == pytest.approx((2, 4.302653 / 3**0.5)) and low + high == 4
+    assert np.isnan(er_report.mean_interval([1.0])[1:]).all()
+    assert er_report.over_runs([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"
+    assert er_report.over_runs([0.01]) == "+1.0" and er_report.over_runs([np.nan, 0.1]) == "-"
 
 
 def test_er_at_an_accuracy_is_interpolated_in_logits_between_new_highs():
@@ -518,6 +598,27 @@ def test_er_at_an_accuracy_is_interpolated_in_logits_between_new_highs():
     half = expit((logit(0.8) + logit(0.95)) / 2)
     assert er_report.at_accuracy(c, half) == pytest.approx(0.2)
     assert np.isnan(er_report.at_accuracy(c, 0.96)) and np.isnan(er_report.at_accuracy(c, 0.4))
+
+
+def test_runs_are_averaged_as_accuracies_with_the_interval_of_their_mean(capsys):
+    groups = {"x": {f"x, seed {i}": simulated(0.1, n=400, seed=i) for i in range(3)}}
+    ends = [er_report.curve(rows, "away")["er"][-1] for rows in groups["x"].values()]
+    er_axes.print_at(groups, "away")
+    assert er_report.over_runs(ends) in capsys.readouterr().out
+    assert er_report.mean_interval(ends)[0] == pytest.approx(np.mean(ends))
+
+
+def test_axes_of_id_accuracy_are_logits_of_round_percent_shaded_where_extrapolated():
+    fig, ((axis,),) = common.new_figure()
+    line = er_study.baseline(testbeds.read("cifar10"), "cifar10.1-v6")
+    er_report.id_axis(axis, line, 0.5, 0.99)
+    np.testing.assert_allclose(axis.get_xlim(), logit([0.5, 0.99]))
+    ticks = [t.get_text() for t in axis.get_xticklabels()]
+    assert ticks == ["50", "70", "80", "85", "90", "95", "98"]
+    np.testing.assert_allclose(expit(axis.get_xticks()), np.array(ticks, float) / 100)
+    spans = [(p.get_x(), p.get_x() + p.get_width()) for p in axis.patches]
+    np.testing.assert_allclose(spans, logit([[0.5, line.low], [line.high, 0.99]]))
+    assert "n 30, slope 0.84, intercept -0.47, R² 0.982" in er_report.caption(line)
 
 
 # the digits' testbed, options
@@ -641,10 +742,10 @@ def test_distillation_and_replay_add_what_they_say():
 
 def test_strategies_are_compared_at_equal_id_accuracy(world, path, monkeypatch, capsys):
     config, data, clip, zero_shot, bed = world
-    bench = er_study.make_bench(config, data, clip, bed)
+    bench = er_study.make_bench(config, bed, *er_study.in_memory(data, clip))
     monkeypatch.setattr(er_axes, "RATE", 1e-3)  # that of `path`, which is not trained again
     (mixed,) = [er_axes.mixed(config, data, clip, zero_shot, bench, 0)]
-    rows, trained = er_study.read_rows(mixed, 2), er_study.read_rows(path, 2)
+    rows, trained = trajectories.read(mixed, 2), trajectories.read(path, 2)
     c, plain = er_report.curve(rows, "UCI"), er_report.curve(trained, "UCI")
     assert c["epoch"].tolist() == [i / 10 for i in range(11)]
     for name in ("id", "ood"):  # the ends are the zero-shot and the fine-tuned model
@@ -652,3 +753,89 @@ def test_strategies_are_compared_at_equal_id_accuracy(world, path, monkeypatch, 
     er_axes.print_at(er_report.by_run(rows + trained), "UCI")
     text = capsys.readouterr().out
     assert "at equal ID accuracy" in text and "weights mixed" in text
+
+
+def bench_of(world):
+    config, data, clip, _, bed = world
+    return er_study.make_bench(config, bed, *er_study.in_memory(data, clip))
+
+
+def test_difficulty_runs_from_scores_to_a_table_and_a_figure(world, monkeypatch, capsys):
+    config, data, clip, zero_shot, bed = world
+    monkeypatch.setattr(er_axes, "PER_CLASS", 1)
+    args = dataclasses.replace(config, epochs=1), data, clip, zero_shot, bench_of(world), 0
+    paths = er_axes.difficulty(*args)
+    names = ["easiest 10", "random 10", "hardest 10"]
+    assert [trajectories.read(p, 2)[0]["run"] for p in paths] == [f"{n}, seed 0" for n in names]
+    firsts = [trajectories.read(p, 2)[1]["k_ood"] for p in paths]
+    assert len(set(firsts)) == 1  # all start from the zero-shot model
+    assert max(r["step"] for r in trajectories.read(paths[0])) == 3  # 3 epochs of one batch
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "fit", None)
+        assert er_axes.difficulty(*args) == paths
+    pattern = f"{paths[0].parent}/*-10-seed-0-*.csv"
+    groups = er_axes.main(["difficulty", "--plot", pattern, "--out", config.out])
+    assert sorted(groups) == sorted(names) and "last ER" in capsys.readouterr().out
+    with open(Path(config.out) / "figures/er_difficulty.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 2 * sum(
+            len(trajectories.read(p)) // 3 for p in paths
+        )
+
+
+def test_pretraining_runs_from_no_images_to_corpora_of_sizes_and_domains(world, monkeypatch):
+    config, data, clip, zero_shot, _ = world
+    monkeypatch.setattr(er_axes, "CORPORA", {"16 images": (None, 16), "2 domains": (2, 32)})
+    config = dataclasses.replace(config, epochs=1, epochs_random=1)
+    paths = er_axes.pretraining(config, data, clip, zero_shot, bench_of(world), 0, steps=2)
+    runs = [trajectories.read(p, 2)[0] for p in paths]
+    assert [r["run"] for r in runs] == [
+        "random, lr 0.001, seed 0",
+        "16 images, seed 0",
+        "2 domains, seed 0",
+    ]
+    assert [r["init"] for r in runs] == ["random", "new-head", "new-head"]
+    kept = sorted(p.name for p in Path(config.out).glob("pretrained/*.npz"))
+    assert kept == ["16-images-2-0.npz", "2-domains-2-0.npz"]
+    a, b = (np.load(Path(config.out) / "pretrained" / name) for name in kept)
+    assert any((a[k] != b[k]).any() for k in a.files)
+
+
+def test_methods_have_ensembles_of_each_model_with_their_ece(world, path, tmp_path, capsys):
+    import vrf
+
+    config, data, clip, zero_shot, bed = world
+    words = f"--ab 1,1 --batch 16 --device cpu --out {tmp_path}".split()
+    own, model = common.parse(vrf.Config, words, ""), er_study.new_head(copy.deepcopy(zero_shot), 0)
+    found = er_axes.mixtures(own, data, clip, zero_shot, "E2E-FT", model, 0)
+    assert list(found) == ["E2E-FT", "E2E-FT +WSE", "E2E-FT +OSE", "E2E-FT +VRF"]
+    alone = common.predict(own, {"": model}, data.test, clip)[""].logits.softmax(1)
+    torch.testing.assert_close(found["E2E-FT"]["test"], alone)
+    for p in found.values():
+        assert list(p) == ["test", *bed.id_of]
+        torch.testing.assert_close(p["test"].sum(1), torch.ones(48))
+    labels, rows = {s.name: s.labels for s in (data.test, *data.shifts)}, []
+    p = found["E2E-FT +OSE"]
+    ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
+    right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
+    run = {
+        "run": "E2E-FT +OSE, seed 0",
+        "init": "zero-shot",
+        "lr": 0,
+        "seed": 0,
+        "step": 0,
+        "epoch": 0,
+    }
+    bench = bench_of(world)
+    rows = er_axes.with_ece(er_study.measure(bench, run, right), ece, bench)
+    assert [r["ece_id"] for r in rows] == [ece["test"]] * 3
+    assert [r["ece_ood"] for r in rows] == [ece["Scan"], ece["UCI"], (ece["Scan"] + ece["UCI"]) / 2]
+    trajectories.append(tmp_path / "trajectories/methods-seed-0.csv", rows)
+    testbeds.write_counts(bed, tmp_path / "trajectories/testbed.csv")
+    er_axes.main(["methods", "--plot", f"{tmp_path}/trajectories/*.csv", "--out", str(tmp_path)])
+    assert f"{ece['UCI']:.3f}".lstrip("0") in capsys.readouterr().out
+    assert (tmp_path / "figures/er_methods.png").stat().st_size > 10_000
+
+
+def test_every_family_and_ensemble_of_methods_has_a_colour_and_a_mark():
+    assert len(er_axes.FAMILIES) == len(set(er_axes.FAMILIES)) <= 10
+    assert len(set(er_axes.MARKS.values())) == 4

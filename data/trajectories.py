@@ -1,0 +1,107 @@
+"""Trajectory files: a CSV row per checkpoint and shift, with counts, written as training goes.
+
+Everything that is said or drawn of a run is computed from these rows, so that a crash loses one
+evaluation at most, and a report needs no model and no image. Beside the trajectories lie
+`testbed.csv` (counts of the baseline's models) and, where the testbed is known by image,
+`by_image.csv`.
+"""
+
+import csv
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+# lr: of logistic regression its lambda. k, n: images right, of how many; half: of a random half of
+# the shift; nobody: of the images that no testbed model gets right; ece: where it was measured
+COLUMNS = (
+    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
+    "k_nobody,n_nobody,beta,er,er_lo,er_hi,extrapolated,ece_id,ece_ood"
+).split(",")
+TEXT = ("run", "model", "init", "shift")
+
+
+def append(path, rows):
+    """Rows to a trajectory file, on disk before this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or not path.stat().st_size
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            out.writeheader()
+        out.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path, shifts=None):
+    """Rows of a trajectory file, numbers as numbers. With `shifts` (their number), only whole
+    evaluations: of one that a crash cut short nothing is used.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["extrapolated"]]
+    steps = [r["step"] for r in rows]
+    rows = [r for r in rows if not shifts or steps.count(r["step"]) == shifts + 1]
+
+    def number(name, text):
+        if name in TEXT or not text:
+            return text
+        return int(text) if text.isdigit() else float(text)
+
+    return [{name: number(name, text) for name, text in r.items()} for r in rows]
+
+
+def read_plain(folder):
+    """Rows of by_image.csv beside the trajectories, as text; none where only counts are known."""
+    path = Path(folder) / "by_image.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def record(path, steps, shifts, rows_at, attempt, resume=True):
+    """Have a run in a file at every one of `steps`; one that is there is not trained again.
+
+    attempt(probe, resume) trains and calls probe(done, right) when `done` steps are done, where
+    right() -> {set: bool [N]}; rows_at(done, right) -> rows.  -> path
+    """
+    for again in (resume, False):  # a checkpoint whose trajectory was lost: once more
+        rows = read(path, shifts) if again else []
+        if path.exists():
+            header, *lines = path.read_text().splitlines() or [""]
+            if header != ",".join(COLUMNS) or len(lines) != len(rows):
+                path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
+                append(path, rows)
+        known = {int(r["step"]) for r in rows}
+        if known >= set(steps):
+            break
+
+        def probe(done, right, known=known):
+            if done in steps and done not in known:
+                append(path, rows_at(done, right()))
+                known.add(done)
+
+        attempt(probe, again)
+        if known >= set(steps):
+            break
+    return path
+
+
+def together(work, jobs, argv, runs):
+    """work(argv, jobs, run) of all runs, `jobs` at a time, each in a process of its own: threads
+    gain little on tensors this small. The third of a run is its length.
+    -> results, in the order of the runs
+    """
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        longest = sorted(runs, key=lambda run: -run[2])
+        tasks = {run: pool.submit(work, argv, jobs, run) for run in longest}
+        try:
+            return [tasks[run].result() for run in runs]
+        except BaseException:  # Ctrl-C or an error of one: start no other
+            pool.shutdown(cancel_futures=True)
+            raise
