@@ -19,7 +19,7 @@ CORRUPTIONS = ("fog", "defocus", "noise", "brightness")
 
 
 def digits_on_photos(root, kind, counts, seed):
-    """A folder in VOC's layout from the embedded digits: classes 1 to 10 are the digits 0 to 9.
+    """A folder in VOC's layout from the embedded digits: class 1 is the digit, 0 the rest.
 
     kind: "printed", on plain colours and two photos, or "handwritten" (MNIST), on two others.
     """
@@ -42,11 +42,11 @@ def digits_on_photos(root, kind, counts, seed):
         light = back.mean((1, 2, 3), keepdim=True) > 0.5  # paint the brighter or darker colour
         brighter = (front.mean(1, True) > plain.mean(1, True)) == light
         images = pretrain.paint(ink, back, torch.where(brighter, plain, front))
-        masks = torch.where(ink > 0.5, labels[:, None, None] + 1, 0)
+        masks = (ink > 0.5).byte()
         for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
             pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(root / f"JPEGImages/{part}_{i}.jpg", quality=95)
-            mask = Image.fromarray(mask.byte().numpy())
+            mask = Image.fromarray(mask.numpy())
             mask.save(root / f"SegmentationClass/{part}_{i}.png")
         names = "\n".join(f"{part}_{i}" for i in range(n))
         (root / f"ImageSets/Segmentation/{part}.txt").write_text(names)

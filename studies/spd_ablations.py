@@ -26,7 +26,7 @@ import spd  # noqa: E402
 
 
 def setting(argv):
-    config, data = common.begin(spd.Config, argv, __doc__, spd.PRESETS)
+    config, data = common.begin(spd.Config, argv, __doc__, spd.PRESETS, spd.open_data)
     return config, data, *common.zero_shot(config, data)
 
 

@@ -8,10 +8,12 @@ import io
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_data import domainnet
 from test_end_to_end import TINY, make_tree
 from torch import nn
 
@@ -474,6 +476,22 @@ def test_mixing_gives_soft_targets_and_drop_path_trains_only():
     assert torch.equal(visual(x), before) and set(visual.state_dict()) == names
     visual.train()
     assert not torch.equal(visual(x), visual(x))
+
+
+def test_id_is_a_domain_of_domainnet_and_fraction_thins_every_class(tmp_path, capsys):
+    root = domainnet(tmp_path / "domainnet", n=13)
+    words = ["--data", root, "--id", "sketch", "--out", tmp_path / "out", *TINY]
+    words += "--methods Adam-SPD --spd-lambda 1 --epochs 1 --val-fraction 0.2".split()
+    rows = spd.main([str(w) for w in (*words, "--fraction", "0.5")])
+    assert list(rows[0]["right"]) == ["test", "Clipart", "Real"]
+    assert "sketch (50%)" in capsys.readouterr().out
+    config = spd.Config(data=str(root), id="real", fraction=0.5, val_fraction=0.2)
+    thin = spd.open_data(config).train
+    full = spd.open_data(replace(config, fraction=1.0)).train
+    assert (thin.labels.bincount().tolist(), full.labels.bincount().tolist()) == ([4] * 3, [8] * 3)
+    assert set(thin.images) < set(full.images) and thin.name == "train"
+    with pytest.raises(common.InputError, match="--fraction 0.0: expected a share of 1"):
+        spd.open_data(replace(config, fraction=0.0))
 
 
 def row(method, family, seed, val, strength):
