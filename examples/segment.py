@@ -59,7 +59,8 @@ class Segmenter(nn.Module):
         try:
             self.backbone = timm.create_model(name, pretrained, features_only=True, **options)
         except (RuntimeError, OSError, ValueError) as error:
-            raise common.InputError(f"--model {name}: {common.first_line(error)}") from error
+            reason, cure = common.first_line(error), "offline, --no-pretrained starts at random"
+            raise common.InputError(f"--model {name}: {reason}; {cure}") from error
         channels = self.backbone.feature_info.channels()
         self.levels = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         mix = [nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]

@@ -26,7 +26,7 @@ from train import common
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "labels")
 LAYERS = r".*language_model.*\.[qkvo]_proj"
-PRESETS = {"generated": {"lr": 5e-3, "batch": 32, "epochs": 8, "warmup": 20}}
+PRESETS = {"generated": {"lr": 5e-3, "batch": 32, "epochs": 4, "warmup": 20}}
 Config = train.settings(
     data=("generated", "generated, or a folder with VQAv2's files"),
     model=("random", "random: a tiny PaliGemma; else what transformers takes"),

@@ -91,7 +91,7 @@ def inside(config, data, clip, start):
         ]
     c, r, _ = kept[1.0].unbind(-1)
     right.hist(r[(c < 0) & (r > 0)].clamp_min(1e-8).log10().numpy(), bins=40, color="tab:orange")
-    left.set(xlabel="step", ylabel="share of tensors that are projected")
+    left.set(xlabel="step", ylabel="share of tensors with c < 0 < r")
     middle.set(xlabel="step", ylabel="gamma", title=names[largest])
     right.set(xlabel="log10 of r where projected, strength 1", ylabel="tensors and steps")
     left.legend()

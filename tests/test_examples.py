@@ -181,6 +181,24 @@ def test_segmentation_runs_from_pre_training_to_the_table(tmp_path, capsys):
     assert set(np.unique(masks)) == {0, 1}
 
 
+def test_a_voc_folder_trains_and_only_its_new_decoder_has_no_anchor(tmp_path, monkeypatch):
+    made, real = [], train.spd.AdamSPD
+
+    def recorded(*args, **kwargs):
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(train.spd, "AdamSPD", recorded)
+    words = "--model test_convnext --no-pretrained --size 64".split()
+    rows = segment.main([*SMALL, *words, "--data", str(voc(tmp_path / "voc"))])
+    assert rows[2]["deviation"] > 0 and len(made) == 1
+    free = {g["anchor"]: sum(p.numel() for p in g["params"]) for g in made[0].param_groups}
+    model = segment.Segmenter("test_convnext", 21, False, 64)
+    assert free["pretrained"] == sum(p.numel() for p in model.backbone.parameters())
+    with pytest.raises(common.InputError, match="offline, --no-pretrained"):
+        segment.Segmenter("no_such_model", 21, False, 64)
+
+
 # commonsense
 
 
