@@ -77,12 +77,13 @@ def fit(config, name, model, n, batch_of, loss_fn, optimiser):
     return steps
 
 
-def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", special=None):
+def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", special=None,
+            about=()):  # fmt: skip
     """Train the trainable parameters with AdamW and with AdamSPD at each strength, from the same
     weights over the same batches; print and return rows {"method", columns of score, "deviation"}.
 
     batch_of([(index, augmentation seed), ...]) -> tuple of tensors; loss_fn(batch) -> scalar;
-    score(model) -> {column: percent}, first the column at home, last the mean that matters.
+    score(model) -> {column: percent}; about: the columns to speak of, else the first and the last.
     anchor, special: AdamSPD's and param_groups'. Kept is the last epoch; the paper keeps the best.
     """
     own = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -114,9 +115,9 @@ def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", spe
     lines = [[r["method"], *(f"{r[c]:.1f}" for c in header[1:-1]), f"{r['deviation']:.3g}"]
              for r in rows]  # fmt: skip
     print("\n" + common.table(header, lines, f"percent, one run of {steps} steps each"))
-    home, away, base = header[1], header[-2], rows[1]
+    about, base = about or (header[1], header[-2]), rows[1]
     for r in rows[2:]:
-        gains = f"{home} {r[home] - base[home]:+.1f}, {away} {r[away] - base[away]:+.1f}"
+        gains = ", ".join(f"{c} {r[c] - base[c]:+.1f}" for c in about)
         print(f"{r['method']} less AdamW: {gains}; deviation {r['deviation']:.3g} against "
               f"{base['deviation']:.3g}")  # fmt: skip
     return rows
