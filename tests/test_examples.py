@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -127,24 +128,30 @@ def test_a_crop_is_the_same_of_image_and_mask_and_the_whole_mask_keeps_its_size(
     assert len(seen) > 1
 
 
-def test_void_pixels_count_nowhere(tmp_path):
-    config = common.parse(segment.Config, ["--size", "80", "--batch", "2"], "")
-    pairs = segment.read_voc(voc(tmp_path), "train")[0][1:]
+class Says(nn.Module):
+    """One class everywhere, at a quarter of the size."""
 
-    class Right(nn.Module):
-        """Says the class that the red channel shows."""
+    def __init__(self, known):
+        super().__init__()
+        self.logits = nn.Parameter(F.one_hot(torch.tensor(known), 21)[:, None, None].float())
 
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        return self.logits.expand(len(x), -1, x.shape[-2] // 4, x.shape[-1] // 4)
 
-        def forward(self, x):
-            levels = torch.arange(21.0)[:, None, None] / 255
-            return -1e4 * (x[:, :1] - levels).square()
 
+def test_void_pixels_count_nowhere_and_every_corruption_is_scored(tmp_path):
+    (picture, path), _ = pair = segment.read_voc(voc(tmp_path), "train")[0]
+    mask = np.full((40, 50), 7, np.uint8)
+    mask[:20] = 255
+    Image.fromarray(mask).save(path)
+    config = common.parse(segment.Config, ["--size", "16", "--batch", "2"], "")
     with segment.ThreadPoolExecutor() as pool:
-        columns = segment.evaluate(Right(), pairs, 21, config, pool)
-    assert columns["clean"] > 60 > columns["noise"] and list(columns)[-1] == "corrupted"
+        right = segment.evaluate(Says(7), [(picture, path)], 21, config, pool)
+        wrong = segment.evaluate(Says(3), [(picture, path)], 21, config, pool)
+        both = segment.evaluate(Says(7), list(pair), 21, config, pool)
+    assert set(right.values()) == {100} and set(wrong.values()) == {0}
+    assert list(right) == ["clean", *generate.CORRUPTIONS, "corrupted"]
+    assert both["clean"] == pytest.approx(100 * (1000 + 100) / (1000 + 1900) / 20)
 
 
 def test_mean_iou_by_hand_leaves_out_classes_that_never_occur():
