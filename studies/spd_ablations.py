@@ -1,6 +1,6 @@
 """What AdamSPD does inside, and its neighbours: runs and figures beyond spd.py's table.
 
-    python studies/spd_ablations.py all                   # digits, 4 minutes
+    python studies/spd_ablations.py all                   # digits, 12 minutes of one core
     python studies/spd_ablations.py rules --data /imagenet  # one; takes every flag of spd.py
 
     inside  firing by step, gamma_t of one tensor, histogram of r_t; strengths 0, 0.5, 1, 2
