@@ -73,10 +73,10 @@ def parse(Config, argv, doc):
     return config
 
 
-def begin(Config, argv, doc, presets):
+def begin(Config, argv, doc, presets, opened=None):
     """How every main starts: command line -> config and data, the table of sets printed, the preset
     of this kind of data applied. `presets`: {kind: {field: value}}; the digits get their tiny CLIP.
-    Raises InputError.
+    `opened`: config -> Data, in place of `open_data`. Raises InputError.
     """
     tiny = {"model": "tiny_clip", "weights": str(EMBEDDED / "tiny_clip.npz")}
     presets = presets | {"digits": tiny | presets.get("digits", {})}
@@ -84,7 +84,8 @@ def begin(Config, argv, doc, presets):
     join(config.device)
     if not config.out or os.path.isfile(config.out):
         raise InputError(f"--out {config.out!r}: expected a folder, new or old")
-    data = open_data(config.data, config.val_fraction, config.selection, config.seed)
+    args = config.data, config.val_fraction, config.selection, config.seed
+    data = opened(config) if opened else open_data(*args)
     print(describe(data))
     apply_preset(config, data.kind, presets)
     return config, data
@@ -504,7 +505,7 @@ class Split:
 class Data:
     """The sets of one study. A class *is* its index: two of ImageNet's are named "missile"."""
 
-    kind: str  # "digits", "imagenet", "cifar10", "entity30" or "folder"
+    kind: str  # "digits", "imagenet", "cifar10", "entity30", "domainnet" or "folder"
     classes: list[str]  # prompt names, in the order of the training labels
     templates: list[str]  # format strings with {}
     train: Split

@@ -17,6 +17,7 @@ the radius that it had before the step.
 
     python spd.py                   # embedded digits, 4.5 minutes; SPD: ID 94, shifts 71
     python spd.py --data /imagenet  # CLIP ViT-B/16; not measured by us
+    python spd.py --data /domainnet --id real --fraction 0.1
 
 AdamSPD needs nothing but torch: copy this file into another project and import it there. Beside
 common.py it also uses the compiled kernel, which gives the same weights up to rounding.
@@ -35,7 +36,7 @@ import copy
 import hashlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,7 +69,9 @@ PRESETS = {  # as vrf.py's, where the rates come from, with fewer epochs and no 
 
 @dataclass
 class Config:
-    data: str = arg("digits", "digits; folder: ImageNet, CIFAR-10, train/ val/; entity30:FOLDER")
+    data: str = arg("digits", "digits; folder: ImageNet, CIFAR-10, DomainNet, train/ val/")
+    id: str = arg("", "DomainNet: the domain to train on, such as real")
+    fraction: float = arg(1.0, "share of the training images of every class")
     model: str = arg("ViT-B-16", "open_clip architecture; the paper says CLIP ViT-Base")
     pretrained: str = arg("openai", "open_clip's tag of the zero-shot weights, or random")
     weights: str = arg("", "local file with the zero-shot weights instead")
@@ -396,6 +399,19 @@ def compiled():
 # --- train / prepare ------------------------------------------------------------------------------
 
 
+def open_data(config):
+    """common's; --id takes a domain of DomainNet, --fraction thins the training images (Sec. 4)."""
+    path = f"{config.data}/{config.id}" if config.id else config.data
+    data = common.open_data(path, config.val_fraction, config.selection, config.seed)
+    if not 0 < config.fraction <= 1:
+        raise common.InputError(f"--fraction {config.fraction}: expected a share of 1, such as 0.1")
+    if config.fraction < 1:
+        kept = common.hold_out(data.train, config.fraction, config.seed)[1]
+        path = f"{data.train.path} ({config.fraction:.0%})"
+        data.train = replace(kept, name="train", path=path)
+    return data
+
+
 def strengths(text, flag):
     """'0.5,1' -> [0.5, 1.0]. Raises InputError."""
     try:
@@ -622,7 +638,7 @@ def summary(rows):
 
 
 def main(argv=None):
-    config, data = common.begin(Config, argv, __doc__, PRESETS)
+    config, data = common.begin(Config, argv, __doc__, PRESETS, open_data)
     plan = recipes(config)
     clip, zero_shot = common.zero_shot(config, data)
     rows = []

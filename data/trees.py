@@ -45,6 +45,15 @@ CORRUPTIONS = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur
     zoom_blur snow frost fog brightness contrast elastic_transform pixelate jpeg_compression"""
 CORRUPTIONS = CORRUPTIONS.split()  # ImageNet-C's 15
 EXTRA_CORRUPTIONS = "gaussian_blur saturate spatter speckle_noise".split()  # not in its means
+# DomainNet's test images: as first published, and without the duplicates removed in 2019
+DOMAINNET = {
+    "clipart": (14_814, 14_604),
+    "infograph": (16_114, 15_582),
+    "painting": (22_892, 21_850),
+    "quickdraw": (51_750, 51_750),
+    "real": (52_764, 52_041),
+    "sketch": (21_271, 20_916),
+}
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 STL10 = "airplane bird automobile cat deer dog horse monkey ship truck".split()  # "car" there
 
@@ -59,6 +68,8 @@ def find(path):
     for batches in (root / "cifar-10-batches-py", root):
         if (batches / "data_batch_1").is_file():
             return open_cifar10(batches)
+    if split_file(root, "train") or len(set(subfolders(root)) & set(DOMAINNET)) > 1:
+        return open_domainnet(root)
     names = subfolders(tree_with_train(root) / "train")
     # timm, which has the list of wnids, takes seconds to import: only for names that look like them
     if any(re.fullmatch(WNID, n) for n in names) and not set(imagenet_wnids()).isdisjoint(names):
@@ -314,6 +325,72 @@ def entity30_classes(folder):
     rng = np.random.RandomState(2)
     drawn = [rng.choice(pool(node), 8, replace=False).tolist() for node in nodes]
     return [titles.get(n, n) for n in nodes], [d[:4] for d in drawn], [d[4:] for d in drawn]
+
+
+def open_domainnet(root):
+    """DomainNet with the domain of folder `root` as ID; shifts are the test lists of the others.
+
+    Classes are those of the domain's own lists, by their numbers.
+    """
+    if root.name not in DOMAINNET or not split_file(root, "train"):
+        raise common.InputError(
+            f"{root} looks like DomainNet. Choose the domain to train on: {root}/real (or another "
+            "one), with real_train.txt and real_test.txt beside the folder."
+        )
+    names, shifts, missing = {}, [], []
+
+    def split(name, domain, part):
+        path = split_file(domain, part)
+        if path is None:
+            raise common.InputError(f"{domain} has no {domain.name}_{part}.txt beside it: add it.")
+        files, labels, held = [], [], {}
+        for line in filter(str.strip, read_text(path).splitlines()):
+            file, _, label = line.strip().rpartition(" ")
+            folder, _, image = file.rpartition("/")
+            if not label.isdecimal() or not folder:
+                raise common.InputError(
+                    f"{path}: expected lines 'real/axe/1.jpg 9', found {line!r}"
+                )
+            if folder not in held:
+                here, title = domain.parent / folder, folder.rpartition("/")[2]
+                held[folder] = set(os.listdir(here)) if here.is_dir() else set()
+                if names.setdefault(int(label), title) != title:
+                    raise common.InputError(
+                        f"{path}: class {label} is {title}, but {names[int(label)]} in the list "
+                        "read before; take all lists from one version of DomainNet."
+                    )
+            if image not in held[folder]:
+                raise common.InputError(f"{domain.parent / file} is missing, but {path} has it.")
+            files.append(os.path.join(domain.parent, file))
+            labels.append(int(label))
+        if not files:
+            raise common.InputError(f"{path} is empty; take it from DomainNet again.")
+        counts = DOMAINNET[domain.name] if part == "test" else (None,)
+        expected = next((n for n in counts if n == len(files)), counts[0])
+        return common.Split(name, str(domain), files, torch.tensor(labels), expected=expected)
+
+    train, test = split("train", root, "train"), split("test", root, "test")
+    if sorted(names) != list(range(len(names))):
+        raise common.InputError(f"{split_file(root, 'train')} skips a class number; take it again.")
+    known = len(names)
+    for domain in (root.parent / name for name in DOMAINNET if name != root.name):
+        if domain.is_dir():
+            shifts.append(split(domain.name.capitalize(), domain, "test"))
+        else:
+            missing.append(f"{domain.name} (no {domain})")
+    if len(names) > known:
+        new = names[max(names)]
+        raise common.InputError(f"{root.parent}: the lists of {root.name} have no class {new}.")
+    classes = [names[i].replace("_", " ") for i in range(known)]
+    args = classes, clip_templates(), train, None, test, shifts, missing
+    return common.Data("domainnet", *args)
+
+
+def split_file(domain, part):
+    """DomainNet's list of a domain's train or test images, beside the domain's folder, or None."""
+    name = f"{domain.name}_{part}.txt"
+    places = (domain.parent / folder / name for folder in ("", "splits", "text"))
+    return next(filter(Path.is_file, places), None)
 
 
 def open_folder(root):

@@ -1,6 +1,6 @@
 """What AdamSPD does inside, and its neighbours: runs and figures beyond spd.py's table.
 
-    python studies/spd_ablations.py all                   # digits, 4 minutes
+    python studies/spd_ablations.py all                   # digits, 12 minutes of one core
     python studies/spd_ablations.py rules --data /imagenet  # one; takes every flag of spd.py
 
     inside  firing by step, gamma_t of one tensor, histogram of r_t; strengths 0, 0.5, 1, 2
@@ -26,7 +26,7 @@ import spd  # noqa: E402
 
 
 def setting(argv):
-    config, data = common.begin(spd.Config, argv, __doc__, spd.PRESETS)
+    config, data = common.begin(spd.Config, argv, __doc__, spd.PRESETS, spd.open_data)
     return config, data, *common.zero_shot(config, data)
 
 
@@ -91,7 +91,7 @@ def inside(config, data, clip, start):
         ]
     c, r, _ = kept[1.0].unbind(-1)
     right.hist(r[(c < 0) & (r > 0)].clamp_min(1e-8).log10().numpy(), bins=40, color="tab:orange")
-    left.set(xlabel="step", ylabel="share of tensors that are projected")
+    left.set(xlabel="step", ylabel="share of tensors with c < 0 < r")
     middle.set(xlabel="step", ylabel="gamma", title=names[largest])
     right.set(xlabel="log10 of r where projected, strength 1", ylabel="tensors and steps")
     left.legend()

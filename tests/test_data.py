@@ -532,6 +532,75 @@ def test_entity30_without_a_needed_class_names_it(tmp_path):
     fails_with(f"entity30:{tmp_path}", str(tmp_path / "train"), "Entity-30 needs")
 
 
+# DomainNet
+
+
+def domainnet(root, domains=("clipart", "real", "sketch"), n=10, lists="{}_{}.txt"):
+    """Three classes; n images of each, of which 3 are in the test list. Class 1 is "t-shirt"."""
+    classes = ("The_Eiffel_Tower", "t-shirt", "axe")
+    for domain in domains:
+        put(root / domain, classes, n, form=domain + "_{}.png")
+        rows = {"train": [], "test": []}
+        for c, name in enumerate(classes):
+            for i in range(n):
+                part = "test" if i < 3 else "train"
+                rows[part].append(f"{domain}/{name}/{domain}_{i}.png {c}\n")
+        for part, lines in rows.items():
+            path = root / lists.format(domain, part)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("lists", ["{}_{}.txt", "splits/{}_{}.txt"])
+def test_every_domain_of_domainnet_can_be_at_home(tmp_path, lists):
+    domainnet(tmp_path, lists=lists)
+    for home, away in (("real", ["Clipart", "Sketch"]), ("sketch", ["Clipart", "Real"])):
+        data = common.open_data(str(tmp_path / home), val_fraction=0.3)
+        assert data.kind == "domainnet" and data.classes == ["The Eiffel Tower", "t-shirt", "axe"]
+        assert [s.name for s in data.shifts] == away
+        sizes = [len(s.images) for s in (data.train, data.val, data.test, *data.shifts)]
+        assert sizes == [15, 6, 9, 9, 9] and all(f"/{home}/" in f for f in data.train.images)
+        assert data.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+        assert {os.path.basename(f) for f in data.test.images} == {
+            f"{home}_{i}.png" for i in range(3)
+        }
+    assert [m.split()[0] for m in data.missing] == ["infograph", "painting", "quickdraw"]
+
+
+def test_published_counts_of_domainnet_are_those_of_the_test_lists(tmp_path):
+    data = common.open_data(str(domainnet(tmp_path) / "real"))
+    assert (data.train.expected, data.test.expected) == (None, 52_764)
+    assert "21,271" in common.describe(data) and "9 images where 14,814" in common.describe(data)
+
+
+def test_domainnet_without_a_domain_or_a_list_or_an_image_says_so(tmp_path):
+    domainnet(tmp_path)
+    fails_with(tmp_path, "looks like DomainNet", "Choose the domain to train on", "/real")
+    os.remove(tmp_path / "real/axe/real_5.png")
+    fails_with(tmp_path / "real", "real_5.png is missing, but", "real_train.txt has it")
+    (tmp_path / "clipart_test.txt").write_text("clipart/axe/clipart_0.png 1\n")
+    fails_with(tmp_path / "sketch", "class 1 is axe, but t-shirt in the list read before")
+    (tmp_path / "clipart_test.txt").write_text("clipart/axe/clipart_0.png\n")
+    fails_with(tmp_path / "sketch", "expected lines 'real/axe/1.jpg 9', found")
+    (tmp_path / "clipart_test.txt").write_text("\n")
+    fails_with(tmp_path / "sketch", "clipart_test.txt is empty")
+    (tmp_path / "clipart_test.txt").unlink()
+    fails_with(tmp_path / "sketch", "has no clipart_test.txt beside it")
+
+
+def test_domains_with_another_class_are_refused(tmp_path):
+    domainnet(tmp_path)
+    put(tmp_path / "clipart", ["zebra"], form="clipart_{}.png")
+    with open(tmp_path / "clipart_test.txt", "a") as file:
+        file.write("clipart/zebra/clipart_0.png 3\n")
+    fails_with(tmp_path / "real", "the lists of real have no class zebra")
+    for part in ("train", "test"):
+        lines = (tmp_path / f"sketch_{part}.txt").read_text().replace(" 1\n", " 7\n")
+        (tmp_path / f"sketch_{part}.txt").write_text(lines)
+    fails_with(tmp_path / "sketch", "sketch_train.txt skips a class number")
+
+
 # any folder
 
 

@@ -8,10 +8,12 @@ import io
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_data import domainnet
 from test_end_to_end import TINY, make_tree
 from torch import nn
 
@@ -113,6 +115,47 @@ def test_a_smooth_full_batch_run_never_fires():
         assert not any(fired)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_a_projection_never_leads_further_out_than_the_step(amount):
+    for seed in range(5):
+        before, after, anchor, grad = draw(seed)
+        c, r = spd.condition(grad, before, anchor), spd.deviation_ratio(before, after, anchor)
+        projected = spd.project(after, anchor, c, r, amount / r)
+        assert (projected - anchor).norm() <= (1 + 1e-12) * (after - anchor).norm()
+
+
+def test_a_flipped_sign_is_another_method_the_model_freezes(monkeypatch):
+    """The trap that a port fell into: it undoes nearly every outward step."""
+
+    def moved():
+        model, (x, y) = network(), noisy(0, 64)
+        start = [p.detach().clone() for p in model.parameters()]
+        optimiser = spd.AdamSPD(model.parameters(), lr=1e-3)
+        for _ in range(50):
+            optimiser.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimiser.step()
+        ends = zip(model.parameters(), start, strict=True)
+        return sum((p - s).square().sum().item() for p, s in ends) ** 0.5
+
+    right, condition = moved(), spd.condition
+    monkeypatch.setattr(spd, "condition", lambda *args: -condition(*args))
+    assert moved() < 0.2 * right
+
+
+def test_bf16_weights_have_the_ratio_of_their_values_in_fp64():
+    g = torch.Generator().manual_seed(0)
+    anchor = torch.randn(10_000, generator=g).bfloat16()
+    before = (anchor + 0.1 * torch.randn(10_000, generator=g)).bfloat16()
+    after = (before + 0.01 * torch.randn(10_000, generator=g)).bfloat16()
+    low, high = (x.double() - anchor.double() for x in (before, after))
+    exact = (high.norm() - low.norm()) / high.norm()
+    ratio = spd.deviation_ratio(before, after, anchor).item()
+    assert ratio == pytest.approx(exact.item(), rel=1e-9) and ratio > 1e-4
+    naive = ((after - anchor).norm() - (before - anchor).norm()) / (after - anchor).norm()
+    assert abs(naive.item() - ratio) > 0.2 * ratio  # what reductions in bf16 would give
 
 
 def test_noise_fires_it_and_holds_the_weights_nearer():
@@ -293,6 +336,47 @@ def test_tied_and_transposed_weights_are_one_parameter_each():
     torch.testing.assert_close(weight, copied)
 
 
+def test_a_step_reads_no_number_back_from_the_device():
+    """On the meta device, where there is none to read."""
+    for options in ({}, {"capturable": True}, {"amsgrad": True, "weight_decay": 0.1}):
+        for rule in spd.RULES:
+            model = network().to("meta")
+            optimiser = spd.AdamSPD(model.parameters(), rule=rule, stats=True, **options)
+            for _ in range(2):
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p)
+                optimiser.step()
+
+
+def test_rates_and_betas_are_each_groups_own():
+    one, two = network(), network(1)
+    own = {"lr": 1e-2, "betas": (0.5, 0.9), "spd_lambda": 2.0}
+    alone = network(1)
+    both = spd.AdamSPD([{"params": one.parameters()}, {"params": two.parameters(), **own}])
+    single = spd.AdamSPD(alone.parameters(), **own)
+    for i in range(10):
+        x, y = noisy(i)
+        for model in (one, two, alone):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+        both.step()
+        single.step()
+    assert equal(two.parameters(), alone.parameters())
+
+
+def test_a_channels_last_weight_is_stepped_like_a_contiguous_one():
+    weights = [nn.Parameter(torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)))]
+    weights.append(nn.Parameter(weights[0].detach().to(memory_format=torch.channels_last)))
+    optimisers = [spd.AdamSPD([w], lr=0.1) for w in weights]
+    for i in range(6):
+        grad = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(i))
+        for w, o in zip(weights, optimisers, strict=True):
+            w.grad = grad
+            o.step()
+    torch.testing.assert_close(*weights)
+    assert weights[1].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_closures_loss_comes_back():
     model = network()
     optimiser = spd.AdamSPD(model.parameters())
@@ -397,6 +481,20 @@ def test_left_out_anchors_save_four_bytes_a_parameter_and_the_zero_anchor_stores
     assert sizes["without"] == pytest.approx(8, abs=0.3) == sizes["zero"]
 
 
+def test_loaded_anchors_take_the_dtype_of_their_weights():
+    model = network()
+    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2)
+    train(model, optimiser, 5)
+    double = network().double()
+    other = spd.AdamSPD(double.parameters(), lr=1e-2)
+    double.load_state_dict(model.state_dict())
+    other.load_state_dict(saved_and_loaded(optimiser)[0])
+    assert {other.state[p]["anchor"].dtype for p in double.parameters()} == {torch.float64}
+    x, y = noisy(0)
+    F.cross_entropy(double(x.double()), y).backward()
+    other.step()
+
+
 def test_an_anchor_is_a_copy_without_gradient():
     model = network()
     optimiser = spd.AdamSPD(model.parameters())
@@ -474,6 +572,22 @@ def test_mixing_gives_soft_targets_and_drop_path_trains_only():
     assert torch.equal(visual(x), before) and set(visual.state_dict()) == names
     visual.train()
     assert not torch.equal(visual(x), visual(x))
+
+
+def test_id_is_a_domain_of_domainnet_and_fraction_thins_every_class(tmp_path, capsys):
+    root = domainnet(tmp_path / "domainnet", n=13)
+    words = ["--data", root, "--id", "sketch", "--out", tmp_path / "out", *TINY]
+    words += "--methods Adam-SPD --spd-lambda 1 --epochs 1 --val-fraction 0.2".split()
+    rows = spd.main([str(w) for w in (*words, "--fraction", "0.5")])
+    assert list(rows[0]["right"]) == ["test", "Clipart", "Real"]
+    assert "sketch (50%)" in capsys.readouterr().out
+    config = spd.Config(data=str(root), id="real", fraction=0.5, val_fraction=0.2)
+    thin = spd.open_data(config).train
+    full = spd.open_data(replace(config, fraction=1.0)).train
+    assert (thin.labels.bincount().tolist(), full.labels.bincount().tolist()) == ([4] * 3, [8] * 3)
+    assert set(thin.images) < set(full.images) and thin.name == "train"
+    with pytest.raises(common.InputError, match="--fraction 0.0: expected a share of 1"):
+        spd.open_data(replace(config, fraction=0.0))
 
 
 def row(method, family, seed, val, strength):

@@ -193,6 +193,46 @@ def test_lambda_zero_is_torch_adam(path):
         assert torch.allclose(a, b, rtol=4e-7, atol=4e-7)
 
 
+def test_a_gradient_across_the_way_travelled_projects_nothing(path):
+    along, across = (1.0, 0.0), (0.0, 1.0)  # c_2 = 0, and the strict < of Eq. (3) is not met
+    seen = trace([along, across], spd_lambda=5.0, fused=path)
+    free = trace([along, across], spd_lambda=0.0, fused=path)
+    assert torch.equal(seen[1], free[1])
+    start = torch.tensor(START, dtype=torch.float64)
+    assert (free[1] - start).norm() > (free[0] - start).norm()  # though it went further out
+
+
+def test_without_strength_the_loop_is_torch_adam_bit_for_bit():
+    ours, _ = run(False, steps=100, spd_lambda=0.0, signs="++-")
+    theirs, _ = run(None, steps=100, make=torch.optim.Adam, signs="++-", foreach=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_strength_one_keeps_the_radius_in_fp32_to_one_in_a_million(path):
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(10_000, generator=generator))
+    anchor, grad = param.detach().clone(), torch.randn(10_000, generator=generator)
+    optimizer, radii = AdamSPD([param], lr=1e-2, spd_lambda=1.0, stats=True, fused=path), []
+    for sign in (1, 1, 1, -1):
+        param.grad = sign * grad
+        optimizer.step()
+        radii.append((param.detach().double() - anchor.double()).norm().item())
+    c, r, _ = optimizer.state[param]["spd"]
+    assert c < 0 < r and radii[3] == pytest.approx(radii[2], rel=1e-6)
+
+
+def test_kernel_and_loop_fire_for_the_same_tensors_and_keep_statistics_on_demand(path):
+    signs, stats = "+++-", []
+    for fused in (path, False):
+        _, optimizer = run(fused, steps=4, signs=signs, stats=True)
+        stats.append(torch.stack([s["spd"] for s in optimizer.state.values()]))
+    assert torch.allclose(*stats, rtol=1e-4, atol=1e-6)
+    a, b = ((s[:, 0] < 0) & (s[:, 1] > 0) for s in stats)
+    assert torch.equal(a, b)
+    _, optimizer = run(path, steps=1)
+    assert not any("spd" in s for s in optimizer.state.values())
+
+
 def bits(tensors):
     return [t.detach().view(-1).view(torch.int32).tolist() for t in tensors]
 

@@ -1,0 +1,123 @@
+"""What the demonstrations share: one start, the same batches, AdamW and AdamSPD, one table."""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+import spd  # noqa: E402
+
+
+def settings(**own):
+    """Config for common.parse: {field: (default, help)} of a script, and what all share."""
+    shared = {
+        "data": ("", ""),
+        "model": ("", ""),
+        "spd_lambda": ("0.5,1,2", "strengths of Adam-SPD"),
+        "epochs": (3, "ours"),
+        "batch": (16, "ours"),
+        "lr": (1e-4, "ours"),
+        "weight_decay": (0.01, "of AdamW alone; ours"),
+        "warmup": (500, "steps of linear warm-up, a tenth of all at most; ours"),
+        "clip": (1.0, "largest gradient norm; ours"),
+        "seed": (0, "of all draws"),
+        "precision": ("fp32", "autocast", "fp32 bf16 fp16"),
+        "device": ("auto", "auto: cuda, mps, cpu"),
+        "items": (1000, "training items, where they are generated"),
+        "out": ("runs/examples", "folder for generated data"),
+    }
+    fields = [(k, type(v[0]), common.arg(*v)) for k, v in (shared | own).items()]
+    return dataclasses.make_dataclass("Config", fields)
+
+
+def need(*packages):
+    """Raises InputError if an optional package is not installed."""
+    if absent := [p for p in packages if importlib.util.find_spec(p) is None]:
+        raise common.InputError(
+            f"this example needs {' and '.join(absent)}: pip install -r requirements-llm.txt"
+        )
+
+
+def adapted(config, model, alpha, layers, dropout=0.0):
+    """The model on config's device with LoRA factors of config.rank, drawn by config.seed."""
+    import peft
+
+    common.set_seed(config.seed)
+    options = {"lora_alpha": alpha, "lora_dropout": dropout, "target_modules": layers}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=config.rank, **options))
+    return model.to(common.pick_device(config.device))
+
+
+def pretrained(config, *classes):
+    """Each class's from_pretrained(config.model), models in fp32, or bf16. Raises InputError."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    try:
+        return [c.from_pretrained(config.model, dtype=dtype) for c in classes]
+    except (OSError, ValueError) as error:
+        raise common.InputError(f"--model {config.model}: {common.first_line(error)}") from error
+
+
+def fit(config, name, model, n, batch_of, loss_fn, optimiser):
+    """common.fit over seeded epochs of n items; returns the number of steps."""
+    steps = config.epochs * math.ceil(n / config.batch)
+
+    def batches_from(first):
+        return map(batch_of, common.batches(n, config.batch, steps, config.seed, first))
+
+    common.set_seed(config.seed)
+    options = {"warmup": min(config.warmup, steps // 10), "clip": config.clip, "name": name}
+    options |= {"precision": config.precision, "steps": steps}
+    common.fit(model, loss_fn, batches_from, optimiser, **options)
+    return steps
+
+
+def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", special=None,
+            about=()):  # fmt: skip
+    """Train the trainable parameters with AdamW and with AdamSPD at each strength, from the same
+    weights over the same batches; print and return rows {"method", columns of score, "deviation"}.
+
+    batch_of([(index, augmentation seed), ...]) -> tuple of tensors; loss_fn(batch) -> scalar;
+    score(model) -> {column: percent}; about: the columns to speak of, else the first and the last.
+    anchor, special: AdamSPD's and param_groups'. Kept is the last epoch; the paper keeps the best.
+    """
+    own = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    start = {k: v.detach().clone() for k, v in (own | dict(model.named_buffers())).items()}
+    free = tuple(k for k, group in (special or {}).items() if group.get("anchor") == "none")
+
+    def deviation():
+        pairs = [(p, 0 if anchor == "zero" else start[k]) for k, p in own.items()
+                 if not k.startswith(free)]  # fmt: skip
+        return math.sqrt(sum((p - a).double().square().sum().item() for p, a in pairs))
+
+    def optimiser_of(strength):
+        if strength is None:
+            return torch.optim.AdamW(own.values(), lr=config.lr, weight_decay=config.weight_decay)
+        groups = spd.param_groups(model, special)
+        return spd.AdamSPD(groups, lr=config.lr, spd_lambda=strength, anchor=anchor)
+
+    strengths = spd.strengths(config.spd_lambda, "--spd-lambda")
+    model.eval()
+    rows = [{"method": "start", **score(model), "deviation": deviation()}]
+    for strength in (None, *strengths):
+        name = "AdamW" if strength is None else f"Adam-SPD {strength:g}"
+        with torch.no_grad():
+            for k, v in (own | dict(model.named_buffers())).items():
+                v.copy_(start[k])
+        steps = fit(config, name, model, n, batch_of, loss_fn, optimiser_of(strength))
+        rows.append({"method": name, **score(model), "deviation": deviation()})
+    header = list(rows[0])
+    lines = [[r["method"], *(f"{r[c]:.1f}" for c in header[1:-1]), f"{r['deviation']:.3g}"]
+             for r in rows]  # fmt: skip
+    print("\n" + common.table(header, lines, f"percent, one run of {steps} steps each"))
+    about, base = about or (header[1], header[-2]), rows[1]
+    for r in rows[2:]:
+        gains = ", ".join(f"{c} {r[c] - base[c]:+.1f}" for c in about)
+        print(f"{r['method']} less AdamW: {gains}; deviation {r['deviation']:.3g} against "
+              f"{base['deviation']:.3g}")  # fmt: skip
+    return rows
