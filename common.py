@@ -279,6 +279,14 @@ def everywhere(flag):
     return bool(least)
 
 
+def from_rank_0(x):
+    """Rank 0's x, for everyone."""
+    held = [x]
+    if world() > 1:
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 def same_random_numbers():
     """Rank 0's state of torch's CPU generator, for everyone: what follows is drawn alike."""
     if world() > 1:

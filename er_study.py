@@ -403,7 +403,8 @@ def main(argv=None):
     config, *world, bench = prepare(argv)
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [(*run, seed) for seed in seeds for run in plan(config)]
-    if config.jobs > 1 and common.pick_device(config.device).type == "cpu":
+    alone = common.world() == 1 and common.pick_device(config.device).type == "cpu"
+    if config.jobs > 1 and alone:
         words = sys.argv[1:] if argv is None else argv
         paths = trajectories.together(work, config.jobs, words, runs)
     else:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import common
+
 # lr: of logistic regression its lambda. k, n: images right, of how many; half: of a random half of
 # the shift; nobody: of the images that no testbed model gets right; ece: where it was measured
 COLUMNS = (
@@ -23,7 +25,9 @@ TEXT = ("run", "model", "init", "shift")
 
 
 def append(path, rows):
-    """Rows to a trajectory file, on disk before this returns."""
+    """Rows to a trajectory file, on disk before this returns; of several processes one writes."""
+    if common.rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or not path.stat().st_size
     with open(path, "a", newline="", encoding="utf-8") as file:
@@ -71,12 +75,12 @@ def record(path, steps, shifts, rows_at, attempt, resume=True):
     """
     for again in (resume, False):  # a checkpoint whose trajectory was lost: once more
         rows = read(path, shifts) if again else []
-        if path.exists():
+        if path.exists() and not common.rank():
             header, *lines = path.read_text().splitlines() or [""]
             if header != ",".join(COLUMNS) or len(lines) != len(rows):
                 path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
                 append(path, rows)
-        known = {int(r["step"]) for r in rows}
+        known = common.from_rank_0({int(r["step"]) for r in rows})
         if known >= set(steps):
             break
 
@@ -88,6 +92,7 @@ def record(path, steps, shifts, rows_at, attempt, resume=True):
         attempt(probe, again)
         if known >= set(steps):
             break
+    common.everywhere(True)  # nobody reads the file before it is complete
     return path
 
 
