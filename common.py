@@ -295,6 +295,29 @@ def same_random_numbers():
         torch.set_rng_state(state.cpu())
 
 
+def together(work, jobs, argv, runs):
+    """work(argv, jobs, run) of all runs, `jobs` at a time, each in a process of its own: threads
+    gain little on tensors this small. The third of a run is its length.
+    -> results, in the order of the runs
+    """
+    from concurrent.futures import ProcessPoolExecutor
+
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        longest = sorted(runs, key=lambda run: -run[2])
+        tasks = {run: pool.submit(work, argv, jobs, run) for run in longest}
+        try:
+            return [tasks[run].result() for run in runs]
+        except BaseException:  # Ctrl-C or an error of one: start no other
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def apart(config):
+    """Whether `together` is for this run: --jobs of more than one, on a CPU, without torchrun."""
+    return config.jobs > 1 and world() == 1 and pick_device(config.device).type == "cpu"
+
+
 class Loss(nn.Module):
     """A loss as the forward pass of a module, as DistributedDataParallel wants it."""
 

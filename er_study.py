@@ -403,10 +403,9 @@ def main(argv=None):
     config, *world, bench = prepare(argv)
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [(*run, seed) for seed in seeds for run in plan(config)]
-    alone = common.world() == 1 and common.pick_device(config.device).type == "cpu"
-    if config.jobs > 1 and alone:
+    if common.apart(config):
         words = sys.argv[1:] if argv is None else argv
-        paths = trajectories.together(work, config.jobs, words, runs)
+        paths = common.together(work, config.jobs, words, runs)
     else:
         paths = [follow(config, *world, bench, *run) for run in runs]
     rows = [r for path in paths for r in trajectories.read(path, len(bench.lines))]

@@ -32,9 +32,14 @@ S4  P's form of L2-SP (Eq. 2) is not certain: coupled and decoupled are both her
 S5  open_clip's towers have no drop-path; it is put in at their residual branches.
 """
 
+import contextlib
 import copy
+import functools
 import hashlib
+import io
 import math
+import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
@@ -100,6 +105,7 @@ class Config:
     device: str = arg("auto", "auto: cuda, mps, cpu")
     workers: int = arg(0, "processes that decode images")
     skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
+    jobs: int = arg(2, "runs at a time, each in a process of its own; 1 on a GPU")
     resume: bool = arg(True, "continue unfinished training, reuse finished")
     out: str = arg("runs/spd", "folder for checkpoints, caches, results, figures")
 
@@ -637,18 +643,41 @@ def summary(rows):
 # --- main -----------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def prepare(argv):
+    """Command line -> config, data, Clip, zero-shot Classifier."""
     config, data = common.begin(Config, argv, __doc__, PRESETS, open_data)
-    plan = recipes(config)
-    clip, zero_shot = common.zero_shot(config, data)
-    rows = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        row = {"method": "Zero-shot", "family": "Zero-shot", "strength": None, "choice": None}
-        rows.append(evaluate(config, data, clip, zero_shot, zero_shot, row | {"seed": seed}))
-        for name, (family, strength, make) in plan.items():
-            model = train(config, name, data, clip, zero_shot, make, seed)
-            row = {"method": name, "family": family, "strength": strength, "choice": None}
-            rows.append(evaluate(config, data, clip, zero_shot, model, row | {"seed": seed}))
+    recipes(config)  # refuses what it does not know, before any work
+    return config, data, *common.zero_shot(config, data)
+
+
+prepared = functools.cache(prepare)  # once in every process of `together`
+
+
+def one_run(config, data, clip, zero_shot, name, seed):
+    """Result row of a method: trained, unless it is zero-shot, and evaluated."""
+    plan = {"Zero-shot": ("Zero-shot", None, None)} | recipes(config)
+    family, strength, make = plan[name]
+    model = train(config, name, data, clip, zero_shot, make, seed) if make else zero_shot
+    row = {"method": name, "family": family, "strength": strength, "choice": None, "seed": seed}
+    return evaluate(config, data, clip, zero_shot, model, row)
+
+
+def work(argv, jobs, run):
+    """`one_run` in a process of its own; what `prepare` says was said before."""
+    torch.set_num_threads(max(1, os.cpu_count() // jobs))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return one_run(*prepared(argv), *run[:2])
+
+
+def main(argv=None):
+    argv = tuple(sys.argv[1:] if argv is None else argv)
+    config, data, clip, zero_shot = prepare(argv)
+    seeds = range(config.seed, config.seed + config.seeds)
+    runs = [(name, seed, 0) for seed in seeds for name in ("Zero-shot", *recipes(config))]
+    if common.apart(config):
+        rows = common.together(work, config.jobs, argv, runs)
+    else:
+        rows = [one_run(config, data, clip, zero_shot, *run[:2]) for run in runs]
     chosen = []
     for family in ("L2-SP", "Adam-SPD"):
         if any(r["family"] == family for r in rows):

@@ -8,10 +8,7 @@ evaluation at most, and a report needs no model and no image. Beside the traject
 
 import csv
 import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-import torch
 
 import common
 
@@ -94,19 +91,3 @@ def record(path, steps, shifts, rows_at, attempt, resume=True):
             break
     common.everywhere(True)  # nobody reads the file before it is complete
     return path
-
-
-def together(work, jobs, argv, runs):
-    """work(argv, jobs, run) of all runs, `jobs` at a time, each in a process of its own: threads
-    gain little on tensors this small. The third of a run is its length.
-    -> results, in the order of the runs
-    """
-    spawn = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        longest = sorted(runs, key=lambda run: -run[2])
-        tasks = {run: pool.submit(work, argv, jobs, run) for run in longest}
-        try:
-            return [tasks[run].result() for run in runs]
-        except BaseException:  # Ctrl-C or an error of one: start no other
-            pool.shutdown(cancel_futures=True)
-            raise

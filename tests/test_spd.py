@@ -14,11 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_data import domainnet
-from test_end_to_end import TINY, make_tree
+from test_end_to_end import TINY as MODEL
+from test_end_to_end import make_tree
 from torch import nn
 
 import common
 import spd
+
+TINY = [*MODEL, "--jobs", "1"]
 
 
 def network(seed=0, width=16):
@@ -623,7 +626,7 @@ def test_bad_input_is_a_sentence(words, sentence):
 def test_the_script_keeps_the_best_epoch_resumes_and_repeats(tmp_path, capsys):
     words = ["--data", make_tree(tmp_path / "tree"), "--out", tmp_path / "out", *TINY]
     words += "--methods AdamW,Adam-SPD --spd-lambda 2 --epochs 3 --lr 1e-3 --mixup 0".split()
-    rows = spd.main([str(w) for w in words])
+    rows = spd.main([str(w) for w in (*words, "--jobs", 2)])
     text = capsys.readouterr().out
     methods = ["Zero-shot", "AdamW", "Adam-SPD 2", "Adam-SPD, by ID val"]
     assert [r["method"] for r in rows] == methods and "2. Adam-SPD, its strength" in text
