@@ -302,6 +302,7 @@ class AdamSPD(torch.optim.Optimizer):
         )
         for p in params:
             fits &= p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == dtype
+            fits &= not hasattr(p, "placements")  # sharded: its sums are of all processes' parts
         worth = self.fused or sum(p.numel() for p in params) >= 1_000_000
         kernels = compiled() if fits and worth else None
         if kernels and device not in kernels.devices:
@@ -310,7 +311,8 @@ class AdamSPD(torch.optim.Optimizer):
             raise ValueError(
                 "AdamSPD: fused=True needs the compiled kernels of this project, rule 'spd' with "
                 "no weight_decay, amsgrad, maximize, capturable or tensor lr, and contiguous "
-                f"float32 tensors (CPU: also float64), got {dtype} on {device}; use fused=None"
+                f"float32 tensors, whole ones (CPU: also float64), got {dtype} on {device}; use "
+                "fused=None"
             )
         return kernels
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -134,7 +135,13 @@ def sharded():
         optimiser.step()
         optimiser.zero_grad()
         fired += sum(int(whole(s["spd"])[0] < 0) for s in optimiser.state.values())
-    return [torch.tensor(fired), *(whole(p.detach()) for p in model.parameters())]
+    found = [torch.tensor(fired), *(whole(p.detach()) for p in model.parameters())]
+    if common.world() > 1:  # the kernel would take a part for the whole
+        model(x[0]).sum().backward()
+        optimiser.fused = True
+        with pytest.raises(ValueError, match="whole ones"):
+            optimiser.step()
+    return found
 
 
 def whole(x):
