@@ -25,7 +25,8 @@ E4  evaluated at step 0, at ten log-spaced steps of epoch 1, each epoch to 10, e
 E5  the largest ER of a run is also given without its selection bias: the checkpoint is chosen on
     one half of the OOD images and scored on the other, both ways. Comparisons are at equal ID
     accuracy. Nothing else is ever chosen on OOD images.
-E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD, momentum 0.9).
+E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD, momentum 0.9);
+    studies/er_settings.py has the paper's own settings.
 """
 
 import contextlib
@@ -397,7 +398,7 @@ def main(argv=None):
     if config.data != "digits":
         raise common.InputError(
             f"--data {config.data}: a study needs a testbed on the same data, which is here for the"
-            " digits; --testbed shows published models on CIFAR-10 and ImageNet"
+            " digits; for CIFAR-10 and ImageNet trees see studies/er_settings.py"
         )
     plan(config)  # refuses what it does not know, before any work
     config, *world, bench = prepare(argv)

@@ -29,6 +29,7 @@ def bit_transform(kind, size):
     """BiT's rule: below 96 pixels resize 160, crop 128, else 512 and 480; scaled to [-1, 1]."""
     from torchvision import transforms as t
 
+    # Differs (E7): the size of BiT's inputs is not said; this is its own rule for fine-tuning
     resize, crop = (160, 128) if kind == "cifar10" else (512, 480)
     if size:
         resize, crop = size * resize // crop, size

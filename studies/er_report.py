@@ -241,11 +241,14 @@ def er_panel(axis, testbed, found, groups, shift):
 
 def figure_er(config, testbed, found, groups, shifts, name):
     """ER against ID accuracy, a panel per shift."""
-    fig, (axes,) = common.new_figure(columns=len(shifts))
+    columns = min(3, len(shifts))
+    fig, axes = common.new_figure(columns, math.ceil(len(shifts) / columns))
     numbers = []
-    for axis, shift in zip(axes, shifts, strict=True):
+    for axis, shift in zip(axes.flat, shifts, strict=False):
         numbers += er_panel(axis, testbed, found, groups, shift)
-    axes[0].legend(fontsize=6)
+    for axis in axes.flat[len(shifts) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=6)
     header = ["shift", "run", "step", "id", "ood", "er", "lo", "hi"]
     common.save_figure(fig, f"{config.out}/figures/{name}", header, numbers)
 
@@ -335,6 +338,8 @@ def report(config, testbed, found, rows, redraws=None, by_image=()):
     for s in (shift, "mean"):
         print_runs(groups, s)
     figure(config, testbed, found, groups, shift, by_image)
+    if len(found) > 1:
+        figure_er(config, testbed, found, groups, list(found), "er_shifts")
     summary(groups, found, shift)
     return groups
 

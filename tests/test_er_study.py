@@ -418,7 +418,9 @@ def test_replay_of_the_files_says_what_the_live_run_said(world, path):
     _, text = run("--plot", pattern, "--out", config.out)
     assert text == live.getvalue() and "2. " not in text  # none of the runs that it tells of
     assert (
-        "effective robustness on" in text and (Path(config.out) / "figures/er_study.png").is_file()
+        "effective robustness on" in text
+        and (Path(config.out) / "figures/er_study.png").is_file()
+        and (Path(config.out) / "figures/er_shifts.png").is_file()
     )
 
 
