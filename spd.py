@@ -488,7 +488,8 @@ def train(config, name, data, clip, start, make, seed):
     def loss_of(images, labels):
         rows = len(labels)
         whole, targets = mix(common.gather(images, rows), common.gather(labels))
-        images = common.own(whole, rows) if rows else images  # none: a black image
+        part = common.own(whole, rows)
+        images = part if rows else images  # none: a black image
         logits = common.gather(model(images)[1], rows)
         return F.cross_entropy(logits, targets, label_smoothing=config.smoothing)
 

@@ -71,7 +71,7 @@ def record(path, steps, shifts, rows_at, attempt, resume=True):
     right() -> {set: bool [N]}; rows_at(done, right) -> rows.  -> path
     """
     for again in (resume, False):  # a checkpoint whose trajectory was lost: once more
-        rows = read(path, shifts) if again else []
+        rows = read(path, shifts) if again and not common.rank() else []
         if path.exists() and not common.rank():
             header, *lines = path.read_text().splitlines() or [""]
             if header != ",".join(COLUMNS) or len(lines) != len(rows):

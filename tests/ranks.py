@@ -19,7 +19,7 @@ import common
 import spd
 import vrf
 
-TINY = "--model tiny_clip --pretrained random --batch 7 --warmup 2 --device cpu --epochs 1".split()
+TINY = "--model tiny_clip --pretrained random --batch 8 --warmup 2 --device cpu --epochs 1".split()
 SPD = "--jobs 1 --methods Adam-SPD --spd-lambda 1 --drop-path 0".split()  # masks are random
 STEPS = 20
 
@@ -54,7 +54,7 @@ def gradients(loss_of, sizes):
         part = [common.mine(z) if len(common.mine(z)) else z[:1] for z in (x, y)]
         rows = len(common.mine(x))
         trained = list(model.parameters())
-        both = common.in_parallel(model, lambda batch, m=model: loss_of(m, *batch), trained)
+        both = common.in_parallel(model, lambda batch, m=model: loss_of(m, *batch))
         loss = both((*part, rows))
         loss.backward()
         found[n] = [loss.detach(), *(p.grad for p in trained)]

@@ -352,6 +352,14 @@ def test_wrong_arguments_are_refused_by_name(change, words):
     assert words in str(problem.value) and "spd_step" in str(problem.value)
 
 
+def test_strides_of_dimensions_of_size_one_say_nothing():
+    grads = [torch.ones(3, 5, 4)[:1, :1]]  # as of a class token: strides (20, 4, 1)
+    names = ("params", "anchors", "exp_avgs", "exp_avg_sqs")
+    rest = {name: [torch.ones(1, 1, 4)] for name in names}
+    call(kernels(), grads=grads, **rest)
+    assert not torch.equal(rest["params"][0], torch.ones(1, 1, 4))
+
+
 def test_autograd_refuses_a_graph_whose_weights_were_stepped_since(path):
     param = torch.nn.Parameter(torch.ones(9))
     optimizer, loss = AdamSPD([param], fused=path), (param * param).sum()
