@@ -3,7 +3,7 @@
 Both read the same JPEGs, generated here: 500 x 375, quality 90, about 110 kB, a spectrum like a photo's (amplitude
 1 / frequency^1.1), and give CLIP's test transform as fp32 batches on the CPU; that they are equal bit for bit is checked.
 Method: the two in turn (A B A B ...), medians of the rounds after one warm-up, ratios of them. "wall" is images per
-second; "CPU" images per CPU second of all processes, the fairer one on a shared machine. 2,000 images: 8 minutes.
+second; "CPU" images per CPU second of all processes, the fairer one on a shared machine. 2,000 images: 6 minutes.
 """
 
 # ruff: noqa: E501  (table rows are wide)
@@ -98,7 +98,7 @@ def rates(folder, workers, options):
     return {x: tuple(n / statistics.median(c) for c in zip(*v, strict=True)) for x, v in found.items()}  # fmt: skip
 
 
-def parts(folder, images=200):
+def parts(folder, images=400):
     """CPU ms per image of each part of torchvision's loader and of ours, in one process."""
     transform = common.eval_transform(224, MEAN, STD)
     resize, crop, to_tensor, normalise = transform.transforms
@@ -111,19 +111,55 @@ def parts(folder, images=200):
     def in_bulk(batch):
         return normalise(torch.stack(batch).float().div_(255))
 
-    found = {}
-    for name, steps, last in (
-        ("torchvision", (pil_loader, lambda x: crop(resize(x)), lambda x: normalise(to_tensor(x))), torch.stack),
-        ("ours", (common.read_rgb, lambda x: crop(resize(x)), as_bytes), in_bulk),
-    ):  # fmt: skip
-        ms = np.zeros(4)
-        for first in range(0, len(files), 50):
-            batch = files[first : first + 50]
+    paths = {
+        "torchvision": (pil_loader, lambda x: crop(resize(x)), lambda x: normalise(to_tensor(x))),
+        "ours": (common.read_rgb, lambda x: crop(resize(x)), as_bytes),
+    }
+    last = {"torchvision": torch.stack, "ours": in_bulk}
+    ms = {name: np.zeros(4) for name in paths}
+    for first in range(0, len(files), 20):
+        for name, steps in paths.items():
+            batch = files[first : first + 20]
             for i, step in enumerate((*steps, None)):
                 start = time.process_time()
-                batch = [step(x) for x in batch] if step else last(batch)
-                ms[i] += 1e3 * (time.process_time() - start) / len(files)
-        found[name] = ms.tolist()
+                batch = [step(x) for x in batch] if step else last[name](batch)
+                ms[name][i] += 1e3 * (time.process_time() - start) / len(files)
+    return {name: sums.tolist() for name, sums in ms.items()}
+
+
+def other_resizes(folder, images=100):
+    """What is faster than Pillow's resize and crop, and how its bytes differ.  {name: ms, ...}"""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as v2
+
+    resize, crop = common.eval_transform(224, MEAN, STD).transforms[:2]
+    photos = [common.read_rgb(p) for p in sorted(Path(folder).glob("*/*.jpg"))[:images]]
+    pixels = [torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in photos]
+
+    def box(photo):
+        """Only the crop is computed; Pillow takes its edges as fp32."""
+        (w, h), scale = photo.size, 224 / min(photo.size)
+        wide, high = max(224, int(w * scale)), max(224, int(h * scale))
+        left, top = round((wide - 224) / 2), round((high - 224) / 2)
+        edges = left * w / wide, top * h / high, (left + 224) * w / wide, (top + 224) * h / high
+        return v2.pil_to_tensor(photo.resize((224, 224), Image.Resampling.BICUBIC, edges))
+
+    def vectorised(x):
+        x = v2.resize(x, [224], InterpolationMode.BICUBIC, antialias=True)
+        return v2.center_crop(x, [224, 224])
+
+    exact, found = None, {}
+    for name, call, given in (
+        ("Resize, CenterCrop", lambda x: v2.pil_to_tensor(crop(resize(x))), photos),
+        ("Pillow, resize(box=...)", box, photos),
+        ("torchvision on bytes", vectorised, pixels),
+    ):
+        start = time.process_time()
+        out = torch.stack([call(x) for x in given])
+        ms = 1e3 * (time.process_time() - start) / len(given)
+        exact = out if exact is None else exact
+        gap = (out.int() - exact.int()).abs()
+        found[name] = ms, gap.max().item(), (gap > 0).double().mean().item()
     return found
 
 
@@ -132,7 +168,7 @@ def main():
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--json", default="bench_input.json", help="where the numbers are written")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,14 +183,24 @@ def main():
         header = ("CPU ms an image", "read, decode", "resize, crop", "to tensor", "batch", "sum")
         rows = [[x, *(f"{y:.2f} ({y / sum(v):.0%})" for y in v), f"{sum(v):.2f}"] for x, v in ms.items()]  # fmt: skip
         print(common.table(header, rows, ""))
+        result["resizes"] = other_resizes(folder)
+        rows = [[x, f"{v[0]:.2f}", str(v[1]), f"{v[2]:.1e}"] for x, v in result["resizes"].items()]
+        header = (
+            "resize and crop",
+            "CPU ms an image",
+            "largest difference, of 255",
+            "share of bytes",
+        )
+        print(common.table(header, rows, ""), flush=True)
         rows = []
         for workers in options.workers:
             of = result["images/s"][workers] = rates(folder, workers, options)
             ratio = [a / b for a, b in zip(of["ours"], of["torchvision"], strict=True)]
             cells = [f"{of[x][i]:.0f}" for i in (0, 1) for x in LOADERS]
             rows.append([str(workers), *cells[:2], f"{ratio[0]:.2f}", *cells[2:], f"{ratio[1]:.2f}"])  # fmt: skip
-    header = ("workers", "torchvision, wall", "ours", "ratio", "torchvision, CPU", "ours", "ratio")
-    print(common.table(header, rows, ""))
+    if rows:
+        header = ("torchvision, wall", "ours", "ratio", "torchvision, CPU", "ours", "ratio")
+        print(common.table(("workers", *header), rows, ""))
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
