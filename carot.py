@@ -106,7 +106,7 @@ class Config:
     seed: int = arg(0, "seed of the first run")
     precision: str = arg("fp32", "autocast; authors' code: fp16", "fp32 bf16 fp16")
     device: str = arg("auto", "auto: cuda, mps, cpu")
-    workers: int = arg(0, "processes that decode images")
+    workers: int = arg(-1, "processes that decode images; -1: one per core on a GPU, else none")
     skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
     resume: bool = arg(True, "continue unfinished training, reuse finished")
     out: str = arg("runs/carot", "folder for checkpoints, caches, results, figures")

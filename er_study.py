@@ -85,7 +85,7 @@ class Config:
     seed: int = arg(0, "seed of the first run")
     precision: str = arg("fp32", "autocast; the paper does not state its own", "fp32 bf16 fp16")
     device: str = arg("auto", "auto: cuda, mps, cpu")
-    workers: int = arg(0, "processes that decode images")
+    workers: int = arg(-1, "processes that decode images; -1: one per core on a GPU, else none")
     jobs: int = arg(2, "trajectories at a time, each in a process of its own; 1 on a GPU")
     skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
     resume: bool = arg(True, "continue unfinished training, reuse finished")

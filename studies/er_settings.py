@@ -112,7 +112,7 @@ class Config:
     seed: int = arg(0, "seed of the first run")
     precision: str = arg("fp32", "autocast", "fp32 bf16 fp16")
     device: str = arg("auto", "auto: cuda, mps, cpu")
-    workers: int = arg(0, "processes that decode images")
+    workers: int = arg(-1, "processes that decode images; -1: one per core on a GPU, else none")
     skip_bad_images: bool = arg(False, "train without unreadable images; test sets need all")
     resume: bool = arg(True, "continue unfinished training, reuse finished")
     out: str = arg("runs/er_settings", "folder; results go into its subfolder of the kind of data")

@@ -30,6 +30,7 @@ class Config:
     precision: str = "fp32"
     skip_bad_images: bool = False
     workers: int = 0
+    device: str = "cpu"
     out: str = ""
 
 

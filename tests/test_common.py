@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import common
@@ -490,7 +491,56 @@ def test_crops_do_not_depend_on_the_number_of_workers(clip):
         assert torch.equal(a, b)
 
 
+def test_batches_are_what_the_transform_gives_one_image_at_a_time(clip, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (5, 60, 45, 3), dtype=np.uint8)
+    files = [str(tmp_path / f"{i}.jpg") for i in range(5)]
+    for file, pixels in zip(files, noise, strict=True):
+        Image.fromarray(pixels).save(file)
+    split = common.Split("s", "", files, torch.arange(5))
+    transform = common.eval_transform(32, clip.mean, clip.std)
+    order = [[(0, 0), (1, 0), (2, 0)], [(3, 0), (4, 0)]]
+    ours = torch.cat([b[0] for b in common.load_images(split, transform, order, vrf.Config())])
+    theirs = [transform(Image.open(file).convert("RGB")) for file in files]
+    assert torch.equal(ours, torch.stack(theirs))
+
+
+def test_workers_are_not_started_where_the_model_is_what_takes_long():
+    split, config = random_split(4), vrf.Config(device="cpu")
+    assert common.worker_count(split, config) == 0
+    split.images = ["a.jpg"] * 4
+    assert common.worker_count(split, config) == 0
+    config.workers = 3
+    assert common.worker_count(split, config) == 3
+
+
 # prediction
+
+
+PASSES = """
+import numpy as np, torch, common, vrf
+from torch import nn
+
+model = common.Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 96 * 96, 8)), torch.randn(3, 8))
+clip = common.Clip(None, None, "x", False, 96, (0.5,) * 3, (0.5,) * 3)
+config, peaks = vrf.Config(batch=50, device="cpu"), []
+for n in (400, 4000):
+    split = common.Split("s", "", np.zeros((n, 8, 8), np.uint8), torch.zeros(n, dtype=torch.int64))
+    for _ in common.forward(config, {"": model}, split, clip):
+        pass
+    status = open("/proc/self/status").read()
+    peaks.append(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+print(*peaks)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_pass_over_ten_times_the_images_needs_no_more_memory():
+    """4,000 images as bytes are 105 MiB, as floats 422."""
+    command = [sys.executable, "-c", PASSES]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    few, many = map(float, run.stdout.split())
+    assert many - few < 16, f"{few} MiB at 400 images, {many} at 4,000"
 
 
 def test_models_predicted_together_or_alone_agree(classifier, clip, tmp_path):

@@ -439,10 +439,10 @@ def test_without_a_failure_set_vrf_is_zero_shot_and_the_run_finishes(tree, tmp_p
 @pytest.mark.parametrize(
     "words",
     ["--batch 0", "--epochs 0", "--seeds 0", "--seed -1", "--lr -1", "--lr nan", "--p -1"]
-    + ["--warmup -1", "--clip -1", "--weight-decay -1", "--workers -1", "--lr-lc inf"],
+    + ["--warmup -1", "--clip -1", "--weight-decay -1", "--workers -2", "--lr-lc inf"],
 )
 def test_a_number_that_makes_no_sense_is_refused_before_any_work(words):
-    with pytest.raises(common.InputError, match=f"^{words}.*: expected at least [01]$"):
+    with pytest.raises(common.InputError, match=f"^{words}.*: expected at least (-1|0|1)$"):
         run(*words.replace(" -", "=-").split())
 
 
