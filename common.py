@@ -768,11 +768,12 @@ def load_images(split, transform, order, config):
             yield batch
     except InputError as error:  # a worker process wraps the sentence in its traceback
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        cure = "was it out of memory? The same command continues; fewer --workers need less"
-        raise InputError(f"{split.name}: {first_line(error)}; {cure}") from error
+        cure = "out of memory? The same command continues; fewer --workers need less"
+        said = f"a worker process died ({first_line(error)})"
+        raise InputError(f"{split.name}: {said}; {cure}") from error
 
 
 def to_device(batch, device):
