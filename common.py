@@ -25,6 +25,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,11 @@ def arg(default, text, choices=""):
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices.split()})
 
 
+# fields of the scripts' Configs that must be 1 or more, and at most 1
+COUNTS = "epochs epochs_random batch seeds draws jobs ema_every items rank length max_iter".split()
+SHARES = "p smoothing drop_path fraction delta".split()
+
+
 def parse(Config, argv, doc):
     """Command line -> Config; types come from the annotations. `.given`: what the user named."""
     form = argparse.RawDescriptionHelpFormatter
@@ -66,9 +73,14 @@ def parse(Config, argv, doc):
     given = vars(parser.parse_args(argv))
     config = Config(**given)
     for name, value in vars(config).items():
-        least = {"epochs": 1, "batch": 1, "seeds": 1, "workers": -1}.get(name, 0)
+        least = -1 if name == "workers" else int(name in COUNTS)
+        flag = "--" + name.replace("_", "-")
         if isinstance(value, (int, float)) and not least <= value < 2**62:  # as torch's seeds
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+            raise InputError(f"{flag} {value}: expected at least {least}")
+        if name in SHARES and value > 1:
+            raise InputError(f"{flag} {value}: expected a share, from 0 to 1")
+    if hasattr(config, "out"):
+        check_out(config.out)
     config.given = set(given)
     return config
 
@@ -82,13 +94,24 @@ def begin(Config, argv, doc, presets, opened=None):
     presets = presets | {"digits": tiny | presets.get("digits", {})}
     config = parse(Config, argv, doc)
     join(config.device)
-    if not config.out or os.path.isfile(config.out):
-        raise InputError(f"--out {config.out!r}: expected a folder, new or old")
     args = config.data, config.val_fraction, config.selection, config.seed
     data = opened(config) if opened else open_data(*args)
     print(describe(data))
     apply_preset(config, data.kind, presets)
     return config, data
+
+
+def check_out(path):
+    """Raises InputError for what cannot be made a folder. One that cannot be written to is found
+    when it is written to, which costs the file and not the run: `try_write`.
+    """
+    try:
+        places = [Path(path).absolute(), *Path(path).absolute().parents]
+        problem = "" if path and next(filter(Path.exists, places)).is_dir() else "a file is there"
+    except (OSError, ValueError) as error:  # too long a name, a loop of links, a NUL
+        problem = getattr(error, "strerror", None) or str(error)
+    if problem:
+        raise InputError(f"--out {path[:80]!r}: expected a folder, new or old ({problem})")
 
 
 def apply_preset(config, kind, presets):
@@ -115,8 +138,20 @@ def choose(text, known, flag):
     return words
 
 
+def numbers(text, flag):
+    """'0.5,1' -> [0.5, 1.0], all positive and finite. Raises InputError."""
+    try:
+        found = [float(x) for x in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 < x < math.inf for x in found):
+        raise InputError(f"{flag} {text}: expected positive numbers such as 0.5,1")
+    return found
+
+
 def run(main):
     """Call a script's main: an InputError becomes its sentence and exit code 2, Ctrl-C 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # of files whose names are not UTF-8
     try:
         main()
         if world() > 1:
@@ -609,7 +644,10 @@ def read_rgb(source):
 
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
-    with Image.open(source) as image:
+    with warnings.catch_warnings():  # up to twice its limit of 89 M pixels PIL only warns
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(source)
+    with image:
         if image.mode.startswith("I"):  # 16-bit grey: PIL's conversion would clip, not scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         elif "transparency" in image.info:
@@ -772,6 +810,12 @@ def load_images(split, transform, order, config):
             yield batch
     except InputError as error:  # a worker process wraps the sentence in its traceback
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        cure = "out of memory? The same command continues; fewer --workers need less"
+        said = f"a worker process died ({first_line(error)})"
+        raise InputError(f"{split.name}: {said}; {cure}") from error
 
 
 def worker_count(split, config):
@@ -879,12 +923,12 @@ def fit(
             if batch is not None and (save or step % 10 == 0):  # reading the loss waits for the GPU
                 value = loss.item()
                 if not math.isfinite(value):
-                    kept = f"; {path} is from before" if path and Path(path).is_file() else ""
-                    cure = "lower the learning rate, or use --precision fp32"
-                    raise InputError(f"{name}: the loss is {value} at step {step}; {cure}{kept}")
+                    raise diverged(name, f"the loss is {value} at step {step}", path)
                 rate = world() * len(batch[0]) * (bar.format_dict["rate"] or 0)
                 bar.set_postfix_str(f"loss {value:.3f}, lr {group['lr']:.1e}, {rate:.0f} images/s")
             if save and path:
+                if not all(p.isfinite().all() for p in trained):  # else it would replace a good one
+                    raise diverged(name, f"weights are inf or nan after step {step}", path)
                 payload = {
                     "model": module.state_dict(),
                     "step": done,
@@ -901,6 +945,12 @@ def fit(
         raise InputError(f"{name}: the data ended at step {done} of {steps}; are images missing?")
     same_statistics(module)
     module.eval()
+
+
+def diverged(name, what, path):
+    kept = f"; {path} is from before" if path and Path(path).is_file() else ""
+    cure = "lower the learning rate, or use --precision fp32"
+    return InputError(f"{name}: {what}; {cure}{kept}")
 
 
 def progress(*args, **options):
@@ -1043,6 +1093,9 @@ def try_write(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*"):  # by a run that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
         try:
             write(temporary)
             with open(temporary, "rb") as file:
@@ -1059,11 +1112,21 @@ def try_write(path, write):
 def load_tensors(path):
     """One of our own files: tensors, numbers and strings only."""
     try:
+        check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated or foreign: torch raises many types
         raise InputError(
             f"{path} is damaged ({first_line(error)}); delete it, run again"
         ) from error
+
+
+def check_sums(path):
+    """torch.save keeps a CRC-32 of every record, which torch.load does not look at: a flipped bit
+    of a weight would pass. Costs 1 s per 2 GB. Raises ValueError.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"the checksum of {bad} is wrong")
 
 
 # --- predict --------------------------------------------------------------------------------------
@@ -1208,11 +1271,28 @@ def slug(text):
 
 def accuracy(scores, labels):
     """Share of rows of [N, C] whose largest score is at the label [N]; nan for no rows."""
+    check_scores("accuracy", scores, labels)
     return (scores.argmax(1) == labels).double().mean().item()
+
+
+def check_scores(op, scores, labels):
+    """Raises InputError unless scores [N, C] are finite and labels [N] from 0 to C - 1. Without it
+    NaN counts as the largest score, and a label that no score can be at only as a wrong answer.
+    """
+    shapes = f"{tuple(scores.shape)} and {tuple(labels.shape)}"
+    if scores.dim() != 2 or labels.shape != scores.shape[:1] or labels.is_floating_point():
+        raise InputError(f"{op}: expected scores [N, C] and integer labels [N], got {shapes}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < scores.shape[1]:
+        found = f"{labels.min()} to {labels.max()}"
+        raise InputError(f"{op}: labels are {found}, but there are {scores.shape[1]} classes")
+    if len(labels) and not scores.sum().isfinite() and not scores.isfinite().all():
+        raise InputError(f"{op}: scores hold inf or nan")
 
 
 def wilson(k, n, z=1.959964):
     """95 % Wilson interval of a share of k in n; nan for n = 0."""
+    if not 0 <= k <= n:
+        raise InputError(f"wilson: k = {k} of n = {n}; expected 0 <= k <= n")
     if n == 0:
         return math.nan, math.nan
     p, scale = k / n, 1 / (1 + z * z / n)
@@ -1225,14 +1305,24 @@ def ece(probabilities, labels, bins=10):
     """Expected calibration error, a share: sum_b n_b / N |accuracy_b - confidence_b|, top-1
     confidence, `bins` of equal width, (low, high].  [N, C], [N]
     """
+    check_probabilities("ece", probabilities, labels)
+    if bins < 1 or not len(labels):
+        raise InputError(f"ece: {bins} bins of {len(labels)} samples; expected 1 or more of both")
     confidence, predicted = probabilities.double().max(1)
     gap = (predicted == labels).double() - confidence
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     return gap.new_zeros(bins).index_add_(0, index, gap).abs().sum().item() / len(labels)
 
 
+def check_probabilities(op, probabilities, labels):
+    check_scores(op, probabilities, labels)
+    if len(labels) and not -1e-3 <= probabilities.min() <= probabilities.max() <= 1.001:
+        raise InputError(f"{op}: probabilities are not in 0 to 1; are they logits?")
+
+
 def nll(probabilities, labels):
     """Mean negative log-likelihood in nats; zeros count as the smallest fp32 number."""
+    check_probabilities("nll", probabilities, labels)
     picked = probabilities.gather(1, labels[:, None]).double()
     return -picked.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
 
@@ -1242,6 +1332,9 @@ def temperature(logits, labels, criterion):
     mean = accuracy, by bisection, since confidence falls with T; where no T does it (accuracy 1, or
     at most 1/C) it says so and gives 1.
     """
+    if criterion not in ("off", "nll", "confidence"):
+        raise InputError(f"temperature: criterion {criterion!r}; expected off, nll or confidence")
+    check_scores("temperature", logits, labels)
     if criterion == "off":
         return 1.0
     logits = logits.double()
@@ -1358,11 +1451,23 @@ def write_results(config, device, rows):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        append(path, "".join(line + "\n" for line in lines))
         print(f"\nresults: {path}")
     except OSError as error:
         print(f"\ncould not write {path} ({error}); going on without", file=sys.stderr)
+
+
+def append(path, text):
+    """Text to the end of a file, in one write: two runs do not mix their lines, and a line that a
+    crash or a full disk cut short does not swallow the next. Raises OSError.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
+            text = "\n" + text
+        content = text.encode()
+        if file.write(content) < len(content):
+            raise OSError("No space left on device")
+        os.fsync(file.fileno())
 
 
 def new_figure(columns=1, rows=1):

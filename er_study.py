@@ -95,11 +95,23 @@ class Config:
 # --- method ---------------------------------------------------------------------------------------
 
 
+def check_shares(x):
+    """Raises InputError for percent and NaN, whose logits would be left out without a word."""
+    x = np.asarray(x, float)
+    if not np.all((x >= 0) & (x <= 1)):
+        wrong = x[~((x >= 0) & (x <= 1))].ravel()[0]
+        raise common.InputError(f"an accuracy is {wrong}; expected shares, from 0 to 1")
+    return x
+
+
 def fit(acc_id, acc_ood):
     """App. A: linregress(logit(Acc_ID), logit(Acc_OOD)).  [M], [M] -> slope, intercept, R2, used
 
     used: bool [M], the pairs with both logits finite (E1). Accuracies are never clipped.
     """
+    acc_id, acc_ood = check_shares(acc_id), check_shares(acc_ood)
+    if acc_id.shape != acc_ood.shape or acc_id.ndim != 1:
+        raise common.InputError(f"baseline: {acc_id.shape} ID, {acc_ood.shape} OOD accuracies")
     x, y = logit(acc_id), logit(acc_ood)
     used = np.isfinite(x) & np.isfinite(y)  # Differs (E1): the text does not say
     if used.sum() < 3:
@@ -110,7 +122,7 @@ def fit(acc_id, acc_ood):
 
 def beta(acc_id, slope, intercept):
     """Sec. 3: the OOD accuracy that the baseline gives an ID accuracy; 0 at 0, 1 at 1 (E1)."""
-    return expit(slope * logit(acc_id) + intercept)
+    return expit(slope * logit(check_shares(acc_id)) + intercept)
 
 
 def effective_robustness(acc_id, acc_ood, slope, intercept):
@@ -120,6 +132,8 @@ def effective_robustness(acc_id, acc_ood, slope, intercept):
 
 def clopper_pearson(k, n, level=0.95):
     """Exact interval of a share of k in n.  [...] -> [...], [...]"""
+    if not np.all((np.asarray(k) >= 0) & (np.asarray(k) <= n)):
+        raise common.InputError(f"interval: k = {k} of n = {n}; expected 0 <= k <= n")
     k, tail = np.asarray(k, float), (1 - level) / 2
     low = np.where(k > 0, beta_distribution.ppf(tail, np.maximum(k, 1), n - k + 1), 0.0)
     high = np.where(k < n, beta_distribution.ppf(1 - tail, k + 1, np.maximum(n - k, 1)), 1.0)
@@ -303,16 +317,15 @@ def start_of(config, data, clip, zero_shot, kind, seed):
 def plan(config):
     """[(kind, learning rate, epochs)] of --kinds."""
     wanted = common.choose(config.kinds, KINDS, "--kinds")
-    try:
-        rates = [float(x) for x in config.lr.split(",")]
-    except ValueError as error:
-        raise common.InputError(f"--lr {config.lr}: expected numbers such as 5e-5,2e-4") from error
+    rates = common.numbers(config.lr, "--lr")
     runs = [("zero-shot", lr, config.epochs) for lr in rates]
     runs += [
         ("new-head", config.lr_new, config.epochs),
         ("head-only", config.lr_head, config.epochs),
     ]
     runs += [("random", config.lr_random, config.epochs_random)]
+    if not wanted:
+        raise common.InputError(f"--kinds {config.kinds!r}: expected some of {', '.join(KINDS)}")
     return [r for r in runs if r[0] in wanted]
 
 

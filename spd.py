@@ -222,8 +222,10 @@ class AdamSPD(torch.optim.Optimizer):
                 known = ", ".join(map(repr, known))
                 raise ValueError(f"AdamSPD: {name} must be one of {known}, got {group[name]!r}")
         for name in ("lr", "eps", "spd_lambda", "weight_decay"):
-            if not group[name] >= 0:
+            if not 0 <= group[name] < math.inf:
                 raise ValueError(f"AdamSPD: {name} must not be negative, got {group[name]}")
+        if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
+            raise ValueError(f"AdamSPD: betas must be two from 0 to below 1, got {group['betas']}")
         if group["rule"] == "spd" and 0 < group["spd_lambda"] <= 0.1:  # Differs (S1)
             message = f"spd_lambda {group['spd_lambda']} is next to none; it is no weight decay"
             warnings.warn(f"AdamSPD: {message}: try 1", stacklevel=3)
@@ -422,13 +424,7 @@ def open_data(config):
 
 def strengths(text, flag):
     """'0.5,1' -> [0.5, 1.0]. Raises InputError."""
-    try:
-        found = [float(x) for x in text.split(",")]
-    except ValueError:
-        found = [-1.0]
-    if min(found) <= 0:
-        raise common.InputError(f"{flag} {text}: expected positive numbers such as 0.5,1")
-    return found
+    return common.numbers(text, flag)
 
 
 def recipes(config):

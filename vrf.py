@@ -157,6 +157,9 @@ def kth_distance(v, V, k, squared=False):
     most 64 M scores at a time. No V: infinity, so that Eq. (6) gives zero-shot all the weight.
     Raises InputError if k > M or the widths differ.
     """
+    if v.dim() != 2 or V.dim() != 2 or not v.is_floating_point():
+        shapes = f"{v.dtype} {tuple(v.shape)} and {V.dtype} {tuple(V.shape)}"
+        raise common.InputError(f"distance: expected float [N, D] and [M, D], got {shapes}")
     if v.shape[1] != V.shape[1]:
         widths = f"{v.shape[1]} and {V.shape[1]}"
         raise common.InputError(f"distance: features have width {widths}; use one encoder for both")
@@ -165,6 +168,8 @@ def kth_distance(v, V, k, squared=False):
     if not 1 <= k <= len(V):
         raise common.InputError(f"distance: k = {k} of {len(V)} stored; expected 1 to {len(V)}")
     norms, d = V.square().sum(1), [v.new_empty(0)]
+    if not (norms.isfinite().all() and v.square().sum(1).isfinite().all()):  # NaN sorts as farthest
+        raise common.InputError("distance: features hold inf or nan")
     for q in v.split(max(1, 2**26 // len(V))):
         nearest = torch.addmm(norms, q, V.T, alpha=-2).topk(k, largest=False).indices
         d.append((q - V[nearest[:, -1]]).square().sum(1))
@@ -312,9 +317,12 @@ def ab_candidates(config, kind):
     if grid == [None]:
         raise common.InputError(f"--ab paper: Table 7 lacks {config.model} on {kind}; use search")
     if grid is None:
-        numbers = [float(x) for x in config.ab.split(",") if x.replace(".", "", 1).isdigit()]
-        if len(numbers) != 2 or min(numbers) <= 0:
-            expected = "search, paper, code or two positive numbers such as 1.5,0.6"
+        expected = "search, paper, code or two positive numbers such as 1.5,0.6"
+        try:
+            numbers = common.numbers(config.ab, "--ab")
+        except common.InputError:
+            numbers = []
+        if len(numbers) != 2:
             raise common.InputError(f"--ab {config.ab}: expected {expected}")
         grid = [tuple(numbers)]
     if config.distance == "paper":

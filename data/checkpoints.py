@@ -107,6 +107,7 @@ def read_torch_file(path, trust):
             warnings.simplefilter("ignore", FutureWarning)
             state = torch.jit.load(path, map_location="cpu").state_dict()
         return dict(state), {}
+    common.check_sums(path)
     foreign = get_unsafe_globals_in_checkpoint(path)
     try:
         with safe_globals([(type("Opaque", (Opaque,), {}), name) for name in foreign]):

@@ -13,6 +13,7 @@ and per-example tables (.npz: `models`, per set packed bits and `<set>/n`).
 """
 
 import csv
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,28 +86,50 @@ def read(path):
 
 def read_counts(path):
     """Our own form: model, role, then a column `set:n` of counts for each set."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    sets = {column.split(":")[0]: column for column in list(rows[0])[2:]}
-    n = {s: int(column.split(":")[1]) for s, column in sets.items()}
-    k = {s: np.array([float(r[c] or "nan") for r in rows]) for s, c in sets.items()}
-    studied = tuple(r["model"] for r in rows if r["role"] == "studied")
+    try:
+        rows = rows_of(path)
+        sets = {column.split(":")[0]: column for column in list(rows[0])[2:]}
+        n = {s: int(column.split(":")[1]) for s, column in sets.items()}
+        k = {s: np.array([float(r[c] or "nan") for r in rows]) for s, c in sets.items()}
+        studied = tuple(r["model"] for r in rows if r["role"] == "studied")
+    except (ValueError, LookupError, TypeError) as error:
+        reason = common.first_line(error)
+        raise common.InputError(f"{path} is no testbed.csv of a run ({reason})") from error
     return Testbed(path.stem, [r["model"] for r in rows], n, k, pairs(n), {}, studied)
+
+
+def rows_of(path):
+    """Rows of a CSV file as dicts of text. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise common.InputError(f"{path} cannot be read ({common.first_line(error)})") from error
 
 
 def read_table(path):
     """The 2020 table: percent per setting. Its models and their roles are those of imagenet2020."""
     known = read("imagenet2020")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = {r.get("model"): r for r in csv.DictReader(file)}
+    rows = {r.get("model"): r for r in rows_of(path)}
     columns = set().union(*rows.values()) if rows else set()
     if lacking := [c for c in ("model", *known.n) if c not in columns]:
         raise common.InputError(f"{path}: no column {lacking[0]!r}; expected the 2020 table")
     if lacking := [m for m in known.models if m not in rows]:
         raise common.InputError(f"{path}: no model {lacking[0]!r}; expected the 2020 table")
-    percent = {s: [float(rows[m][s] or "nan") for m in known.models] for s in known.n}
+    percent = {s: [number(rows[m][s], f"{path}, {m}") for m in known.models] for s in known.n}
     k = {s: np.round(np.array(p) * known.n[s] / 100) for s, p in percent.items()}
     return Testbed(path.stem, known.models, known.n, k, known.id_of, {}, known.studied)
+
+
+def number(text, where):
+    """Percent as a number; nan for an empty cell."""
+    try:
+        value = float(text or "nan")
+        if text and not 0 <= value <= 100:
+            raise ValueError
+    except ValueError as error:
+        raise common.InputError(f"{where}: {text!r} is no number from 0 to 100") from error
+    return value
 
 
 def read_bits(path):
@@ -116,12 +139,14 @@ def read_bits(path):
             names = [str(m) for m in z["models"]]
             sets = [s for s in z.files if s + "/n" in z.files]
             right = {s: np.unpackbits(z[s], axis=1)[:, : int(z[s + "/n"])] == 1 for s in sets}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = common.first_line(error)
         raise common.InputError(f"{path} is no per-example testbed ({reason})") from error
     for name in set(names) & set(BROKEN):
         print(f"{path}: {name} is left out: {BROKEN[name]}")
     kept = [i for i, name in enumerate(names) if name not in BROKEN]
+    if len(right) < 2 or any(len(r) != len(names) for r in right.values()):
+        raise common.InputError(f"{path} is no per-example testbed (two sets of all its models)")
     right = {s: r[kept] for s, r in right.items()}
     return known_by_image(path.stem, [names[i] for i in kept], right, pairs(right))
 

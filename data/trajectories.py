@@ -7,7 +7,7 @@ evaluation at most, and a report needs no model and no image. Beside the traject
 """
 
 import csv
-import os
+import io
 from pathlib import Path
 
 import common
@@ -25,15 +25,18 @@ def append(path, rows):
     """Rows to a trajectory file, on disk before this returns; of several processes one writes."""
     if common.rank():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or not path.stat().st_size
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
+    text = io.StringIO()
+    out = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or not path.stat().st_size:
             out.writeheader()
         out.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
+        common.append(path, text.getvalue())
+    except OSError as error:  # these files are the result: nothing to go on for without them
+        raise common.InputError(
+            f"{path} cannot be written ({error.strerror or error}); the same command continues"
+        ) from error
 
 
 def read(path, shifts=None):
@@ -42,15 +45,21 @@ def read(path, shifts=None):
     """
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["extrapolated"]]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [r for r in csv.DictReader(file) if r.get("extrapolated")]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise common.InputError(f"{path} cannot be read ({common.first_line(error)})") from error
     steps = [r["step"] for r in rows]
     rows = [r for r in rows if not shifts or steps.count(r["step"]) == shifts + 1]
 
     def number(name, text):
         if name in TEXT or not text:
             return text
-        return int(text) if text.isdigit() else float(text)
+        try:
+            return int(text) if text.isdigit() else float(text)
+        except ValueError as error:
+            raise common.InputError(f"{path}: {name} is {text!r}, no number") from error
 
     return [{name: number(name, text) for name, text in r.items()} for r in rows]
 

@@ -458,6 +458,17 @@ def class_folders(name, path, ids, own=False, **options):
 
 
 def array_split(name, path, images, labels, expected, groups=None):
+    """Split of uint8 [N, H, W, 3] and labels [N]. Raises InputError for anything else."""
+    classes = len(groups or CIFAR10)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        got = f"{images.dtype} {images.shape}"
+        raise common.InputError(f"{path}: expected images as uint8 [N, H, W, 3], got {got}")
+    whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not whole or not np.all((labels >= 0) & (labels < classes)):
+        got = f"{labels.dtype} {labels.shape}" + f", {labels.min()} to {labels.max()}" * whole
+        raise common.InputError(
+            f"{path}: expected {len(images)} labels from 0 to {classes - 1}, got {got}"
+        )
     labels = torch.from_numpy(labels.astype(np.int64))
     return common.Split(name, str(path), images, labels, groups, expected=expected)
 
@@ -567,6 +578,9 @@ def subfolders(path):
     """Sorted names of the folders in `path`, without hidden ones and macOS's leftovers."""
     with os.scandir(path) as entries:
         names = [e.name for e in entries if e.name[0] != "." and e.name != "__MACOSX"]
+    if odd := [n for n in names if any("\ud800" <= c <= "\udfff" for c in n)]:
+        shown = os.fsencode(odd[0]).decode(errors="backslashreplace")
+        raise common.InputError(f"{path} holds {shown}, whose name is not UTF-8: rename it.")
     return sorted(name for name in names if os.path.isdir(os.path.join(path, name)))
 
 

@@ -71,6 +71,8 @@ def read_json(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             found = next(found[k] for k in ("questions", "annotations", "data") if k in found)
+        if not isinstance(found, list):
+            raise ValueError("no list in it")
         return found
     except (OSError, ValueError, StopIteration) as error:
         raise common.InputError(f"{path} is none of the published files: {error!r}") from error
@@ -93,6 +95,8 @@ def read_set(folder, images, part="", val=()):
         return [item for item in val if item["id"] in chosen]
     found, items = images | {p.name: p for p in folder.rglob("*.*")}, []
     for r in records:
+        if lacking := [k for k in ("question", "answers") if k not in r]:
+            raise common.InputError(f"{folder}: an item lacks {lacking[0]!r}: {str(r)[:80]}")
         i = r.get("image", r.get("image_id"))
         names = [str(i), f"{i}.jpg"]
         if isinstance(i, int):
@@ -115,6 +119,8 @@ def main(argv=None):
     if config.data == "generated":
         common.apply_preset(config, "generated", PRESETS)
         folder, ood = vqa_items(Path(config.out), config.items, config.seed)
+    if ood and not Path(ood).is_dir():
+        raise common.InputError(f"--ood {ood}: expected a folder with a folder for each set")
     images = {p.name: p for p in Path(config.images or folder).rglob("*.*")}
     items = read_set(folder, images, "train2014")
     tests = {"VQAv2": read_set(folder, images, "val2014")}

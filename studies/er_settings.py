@@ -32,6 +32,7 @@ E7  learning rates are constant; images are resized bilinearly, then cropped; ne
 import dataclasses
 import math
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -272,7 +273,7 @@ def subset(config, data):
     try:
         with np.load(config.cscores, allow_pickle=False) as z:
             labels, scores = torch.from_numpy(z["labels"]), torch.from_numpy(z["scores"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = common.first_line(error)
         raise common.InputError(
             f"--cscores {config.cscores!r}: no file with labels and scores ({reason})"
@@ -318,10 +319,7 @@ def outputs(config, model, split, transform):
 
 
 def rates(config):
-    try:
-        return [float(x) for x in config.lr.split(",")]
-    except ValueError as error:
-        raise common.InputError(f"--lr {config.lr}: expected numbers, as in 0.1,0.01") from error
+    return common.numbers(config.lr, "--lr")
 
 
 def file_of(config, world, name, key):
@@ -463,10 +461,7 @@ def regressions(config, world):
     every = {"train": world.data.train, **world.splits}
     found = {s: common.frozen_features(config, zero_shot, x, clip)[0] for s, x in every.items()}
     x, y = found["train"].to(device), world.data.train.labels.to(device)
-    try:
-        lambdas = [float(v) for v in config.lambdas.split(",")]
-    except ValueError as error:
-        raise common.InputError(f"--lambdas {config.lambdas}: expected numbers") from error
+    lambdas = common.numbers(config.lambdas, "--lambdas")
 
     def follow(name, init, lam, key, steps, heads):
         run = {"run": f"{name}, seed {config.seed}", "model": config.model, "init": init}

@@ -393,8 +393,6 @@ def check(config):
         raise common.InputError(f"--runs {config.runs}: there are {config.models} models to split")
     if not 0 < config.delta < 1 or config.scale == 0:
         raise common.InputError("--delta must lie between 0 and 1, and --scale above 0")
-    if not config.out or Path(config.out).is_file():
-        raise common.InputError(f"--out {config.out!r}: expected a folder, new or old")
 
 
 def main(argv=None):

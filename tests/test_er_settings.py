@@ -384,7 +384,7 @@ def test_a_folder_of_v2_that_does_not_say_which_variant_is_refused(tmp_path):
         (["bit", "--arch", "bit", "TREE"], "--arch bit: expected one of resnetv2"),
         (["bit", "--weights", "no.npz", "TREE"], "--weights no.npz: no such file"),
         (["cifar", "--weights", "no.pth", "TREE"], "--weights no.pth: no readable state dict"),
-        (["cifar", "--lr", "fast", "TREE"], "--lr fast: expected numbers"),
+        (["cifar", "--lr", "fast", "TREE"], "--lr fast: expected positive numbers"),
         (["cifar", "--subset", "hardest", "TREE"], "no file with labels and scores"),
     ],
 )
