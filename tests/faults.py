@@ -299,7 +299,7 @@ def damage(how, where):
         victims[-1].write_bytes(content)
         code, said = complete(script, out)
         named = victims[-1].name in said and "damaged" in said
-        if where == "checkpoints":
+        if where == "checkpoints" or victims[-1].name.startswith("best-"):  # SPD's chosen model
             return named and code == 2, "named, exit code 2" if named else "NOT NOTICED"
         same = numbers_of(out, len(json.loads(whole.get("results.jsonl", "[]")))) == whole
         ok = named and code == 0 and same

@@ -13,8 +13,8 @@ import common
 
 
 def test_a_killed_or_damaged_run_loses_its_last_interval_at_most():
-    others = "Ctrl-C", "disk full (96 KB)", "checkpoint cut in half", "cache cut in half"
-    chosen = [name for name in faults.FAULTS if name not in others]  # others: in other tests
+    chosen = ["output folder read-only", "one bit of a checkpoint", "one bit of a cache"]
+    chosen += ["two runs, one folder", "a loader process killed"]  # the rest: in other tests
     options = argparse.Namespace(kills=2, script=["vrf"], faults=chosen)
     with faults.small_digits() as folder:
         rows, found = faults.tables(options, folder)
