@@ -145,8 +145,8 @@ def read_bits(path):
     for name in set(names) & set(BROKEN):
         print(f"{path}: {name} is left out: {BROKEN[name]}")
     kept = [i for i, name in enumerate(names) if name not in BROKEN]
-    if len(right) < 2 or any(len(r) != len(names) for r in right.values()):
-        raise common.InputError(f"{path} is no per-example testbed (two sets of all its models)")
+    if not right or any(len(r) != len(names) for r in right.values()):
+        raise common.InputError(f"{path} is no per-example testbed (no set of all its models)")
     right = {s: r[kept] for s, r in right.items()}
     return known_by_image(path.stem, [names[i] for i in kept], right, pairs(right))
 

@@ -600,7 +600,7 @@ def test_a_decompression_bomb_is_named_and_not_decoded(side, tmp_path):
     (root / "train/cat/0.png").write_bytes(png(side, side))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(common.InputError, match="cat/0.png cannot be read as an image: "):
+        with pytest.raises(common.InputError, match="cat/0.png cannot be .* exceeds limit of"):
             images_of(root)[0, 0]
     images = images_of(root)
     images.skip_bad = True
