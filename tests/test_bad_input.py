@@ -54,7 +54,7 @@ FOR_ALL = """
 --batch -5                   | --batch -5: expected at least 1
 --weight-decay nan           | --weight-decay nan: expected at least 0
 --seed -1                    | --seed -1: expected at least 0
---workers -1                 | --workers -1: expected at least 0
+--workers -2                 | --workers -2: expected at least -1
 --precision fp8              | argument --precision: invalid choice: 'fp8'
 --out {file}                 | expected a folder, new or old (a file is there)
 --out {file}/below           | expected a folder, new or old
