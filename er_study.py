@@ -12,7 +12,7 @@ converges: this script draws the line, then follows ER through fine-tuning.
     abstract  images that no testbed model gets    nobody_right, share_right
     (ours)    what is said of a trajectory         studies/er_report.py: summarise
 
-    python er_study.py                # digits, 8 minutes on two cores; ER on UCI +54 -> +24
+    python er_study.py                # digits, 6.3 minutes on two cores; ER on UCI +54 -> +24
     python er_study.py --quick        # the same in small, 2 minutes
     python er_study.py --testbed all  # published models, real ER, no images: 8 seconds
     python er_study.py --plot "runs/er_study/trajectories/*.csv"  # report of saved trajectories

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,7 @@ class Run:
                 os.dup2(file, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
                 torch.manual_seed(random.randrange(2**31))  # a new process has other numbers
+                forkserver._forkserver.__init__()  # and a server of its own for its loaders
                 sys.argv = [f"{script}.py"]
                 common.run(lambda: module.main([*own, "--out", str(out), *map(str, words)]))
                 code = 0
