@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -324,28 +325,30 @@ def from_rank_0(x):
 
 def same_random_numbers():
     """Rank 0's state of torch's CPU generator, for everyone: what follows is drawn alike."""
-    if world() > 1:
-        state = torch.get_rng_state().to(meeting_place(torch.device("cpu")))
-        dist.broadcast(state, 0)
-        torch.set_rng_state(state.cpu())
+    torch.set_rng_state(from_rank_0(torch.get_rng_state()))
 
 
 def together(work, jobs, argv, runs):
-    """work(argv, jobs, run) of all runs, `jobs` at a time, each in a process of its own: threads
-    gain little on tensors this small. The third of a run is its length.
-    -> results, in the order of the runs
+    """work(argv, run) of all runs, `jobs` at a time, each in a process of its own: threads gain
+    little on tensors this small.  -> results, in the order of the runs
     """
     from concurrent.futures import ProcessPoolExecutor
 
     spawn = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        longest = sorted(runs, key=lambda run: -run[2])
-        tasks = {run: pool.submit(work, argv, jobs, run) for run in longest}
+        tasks = [pool.submit(silently, work, jobs, argv, run) for run in runs]
         try:
-            return [tasks[run].result() for run in runs]
+            return [task.result() for task in tasks]
         except BaseException:  # Ctrl-C or an error of one: start no other
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def silently(work, jobs, *args):
+    """work(*args) on its share of the cores; the first process has said what there is to say."""
+    torch.set_num_threads(max(1, os.cpu_count() // jobs))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return work(*args)
 
 
 def apart(config):
@@ -1462,9 +1465,10 @@ def append(path, text):
     crash or a full disk cut short does not swallow the next. Raises OSError.
     """
     with open(path, "a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
-            text = "\n" + text
         content = text.encode()
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
         if file.write(content) < len(content):
             raise OSError("No space left on device")
         os.fsync(file.fileno())

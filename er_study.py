@@ -29,12 +29,9 @@ E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD
     studies/er_settings.py has the paper's own settings.
 """
 
-import contextlib
 import copy
 import dataclasses
-import io
 import math
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -390,12 +387,10 @@ def prepare(argv=None):
     return config, data, clip, zero_shot, bench
 
 
-def work(argv, jobs, run):
-    """One trajectory, in a process of its own; what `prepare` says was said before."""
-    torch.set_num_threads(max(1, os.cpu_count() // jobs))
-    with contextlib.redirect_stdout(io.StringIO()):
-        config, *world, bench = prepare(argv)
-        return follow(config, *world, bench, *run)
+def work(argv, run):
+    """One trajectory, in a process of its own."""
+    config, *world, bench = prepare(argv)
+    return follow(config, *world, bench, *run)
 
 
 def main(argv=None):
@@ -419,7 +414,8 @@ def main(argv=None):
     runs = [(*run, seed) for seed in seeds for run in plan(config)]
     if common.apart(config):
         words = sys.argv[1:] if argv is None else argv
-        paths = common.together(work, config.jobs, words, runs)
+        longest = sorted(runs, key=lambda run: -run[2])  # first: none runs alone at the end
+        paths = common.together(work, config.jobs, words, longest)
     else:
         paths = [follow(config, *world, bench, *run) for run in runs]
     rows = [r for path in paths for r in trajectories.read(path, len(bench.lines))]

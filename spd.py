@@ -32,13 +32,10 @@ S4  P's form of L2-SP (Eq. 2) is not certain: coupled and decoupled are both her
 S5  open_clip's towers have no drop-path; it is put in at their residual branches.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
-import io
 import math
-import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -223,7 +220,7 @@ class AdamSPD(torch.optim.Optimizer):
                 raise ValueError(f"AdamSPD: {name} must be one of {known}, got {group[name]!r}")
         for name in ("lr", "eps", "spd_lambda", "weight_decay"):
             if not 0 <= group[name] < math.inf:
-                raise ValueError(f"AdamSPD: {name} must not be negative, got {group[name]}")
+                raise ValueError(f"AdamSPD: {name} must be 0 or more and finite, got {group[name]}")
         if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
             raise ValueError(f"AdamSPD: betas must be two from 0 to below 1, got {group['betas']}")
         if group["rule"] == "spd" and 0 < group["spd_lambda"] <= 0.1:  # Differs (S1)
@@ -422,11 +419,6 @@ def open_data(config):
     return data
 
 
-def strengths(text, flag):
-    """'0.5,1' -> [0.5, 1.0]. Raises InputError."""
-    return common.numbers(text, flag)
-
-
 def recipes(config):
     """{row: (method, strength, function of a model -> optimiser)}, in the table's order."""
     wanted = common.choose(config.methods, METHODS, "--methods")
@@ -443,9 +435,9 @@ def recipes(config):
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
     rows = {"AdamW": ("AdamW", None, adamw)}
-    for x in strengths(config.l2sp, "--l2sp"):
+    for x in common.numbers(config.l2sp, "--l2sp"):
         rows[f"L2-SP {x:g}"] = "L2-SP", x, spd(f"l2-sp {config.l2sp_form}", x)
-    for x in strengths(config.spd_lambda, "--spd-lambda"):
+    for x in common.numbers(config.spd_lambda, "--spd-lambda"):
         rows[f"Adam-SPD {x:g}"] = "Adam-SPD", x, spd("spd", x)
     return {name: row for name, row in rows.items() if row[0] in wanted}
 
@@ -664,22 +656,20 @@ def one_run(config, data, clip, zero_shot, name, seed):
     return evaluate(config, data, clip, zero_shot, model, row)
 
 
-def work(argv, jobs, run):
-    """`one_run` in a process of its own; what `prepare` says was said before."""
-    torch.set_num_threads(max(1, os.cpu_count() // jobs))
-    with contextlib.redirect_stdout(io.StringIO()):
-        return one_run(*prepared(argv), *run[:2])
+def work(argv, run):
+    """`one_run` in a process of its own."""
+    return one_run(*prepared(argv), *run)
 
 
 def main(argv=None):
     argv = tuple(sys.argv[1:] if argv is None else argv)
     config, data, clip, zero_shot = prepare(argv)
     seeds = range(config.seed, config.seed + config.seeds)
-    runs = [(name, seed, 0) for seed in seeds for name in ("Zero-shot", *recipes(config))]
+    runs = [(name, seed) for seed in seeds for name in ("Zero-shot", *recipes(config))]
     if common.apart(config):
         rows = common.together(work, config.jobs, argv, runs)
     else:
-        rows = [one_run(config, data, clip, zero_shot, *run[:2]) for run in runs]
+        rows = [one_run(config, data, clip, zero_shot, *run) for run in runs]
     chosen = []
     for family in ("L2-SP", "Adam-SPD"):
         if any(r["family"] == family for r in rows):

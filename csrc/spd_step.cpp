@@ -15,7 +15,7 @@
 // fp32 parameter (28 with the zero anchor) where a loop of torch operations moves 132. f needs the
 // whole tensor, so projected tensors are visited twice. Tensors are therefore worked through in
 // groups that fit the cache; the second visit of a group comes at once, last chunk first, and
-// mostly finds w~ and w0 there (+12 bytes where it does not).
+// finds w~ and w0 there if the cache is large and near enough (else +12 bytes).
 // Sums: in the parameters' type over blocks of 128 elements, 8 to a running sum, then in fp64:
 // off by 2^-20 of the sum of the terms' sizes at most. Chunks are added in order: the same bits for
 // any number of threads and any instruction set.
