@@ -48,14 +48,10 @@ class InputError(ValueError):
 # --- command line ---------------------------------------------------------------------------------
 
 
-def arg(default, text, choices=""):
-    """One field of a script's `Config`: default, help text, allowed values."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices.split()})
-
-
-# fields of the scripts' Configs that must be 1 or more, and at most 1
-COUNTS = "epochs epochs_random batch seeds draws jobs ema_every items rank length max_iter".split()
-SHARES = "p smoothing drop_path fraction delta".split()
+def arg(default, text, choices="", least=0, most=2**62):  # most: torch's seeds
+    """One field of a script's `Config`: default, help text, allowed values, range of a number."""
+    limits = {"help": text, "choices": choices.split(), "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=limits)
 
 
 def parse(Config, argv, doc):
@@ -73,13 +69,12 @@ def parse(Config, argv, doc):
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
-    for name, value in vars(config).items():
-        least = -1 if name == "workers" else int(name in COUNTS)
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, (int, float)) and not least <= value < 2**62:  # as torch's seeds
-            raise InputError(f"{flag} {value}: expected at least {least}")
-        if name in SHARES and value > 1:
-            raise InputError(f"{flag} {value}: expected a share, from 0 to 1")
+    for f in dataclasses.fields(config):
+        value, least, most = getattr(config, f.name), f.metadata["least"], f.metadata["most"]
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            upto = f" and at most {most}" if most == 1 else ""
+            flag = f"--{f.name.replace('_', '-')}"
+            raise InputError(f"{flag} {value}: expected at least {least}{upto}")
     if hasattr(config, "out"):
         check_out(config.out)
     config.given = set(given)
@@ -932,16 +927,11 @@ def fit(
             if save and path:
                 if not all(p.isfinite().all() for p in trained):  # else it would replace a good one
                     raise diverged(name, f"weights are inf or nan after step {step}", path)
-                payload = {
-                    "model": module.state_dict(),
-                    "step": done,
-                    "steps": steps,
-                    **(said or {}),
-                }
+                kept = {"model": module.state_dict(), "step": done, "steps": steps, **(said or {})}
                 if done < steps:
-                    payload |= {"optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
-                    payload |= {"rng": torch.get_rng_state(), "rng_device": device_rng(device)}
-                try_write(path, functools.partial(torch.save, payload))
+                    kept |= {"optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+                    kept |= {"rng": torch.get_rng_state(), "rng_device": device_rng(device)}
+                try_write(path, functools.partial(torch.save, kept))
             if stop and done < steps:
                 raise KeyboardInterrupt
     if first < steps and done < steps:

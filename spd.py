@@ -50,7 +50,7 @@ try:
 except ModuleNotFoundError:  # lifted out: AdamSPD asks for nothing here
     common = None
 
-    def arg(default, *_):
+    def arg(default, *_, **__):
         return default
 
 
@@ -73,7 +73,7 @@ PRESETS = {  # as vrf.py's, where the rates come from, with fewer epochs and no 
 class Config:
     data: str = arg("digits", "digits; folder: ImageNet, CIFAR-10, DomainNet, train/ val/")
     id: str = arg("", "DomainNet: the domain to train on, such as real")
-    fraction: float = arg(1.0, "share of the training images of every class")
+    fraction: float = arg(1.0, "share of the training images of every class", most=1)
     model: str = arg("ViT-B-16", "open_clip architecture; the paper says CLIP ViT-Base")
     pretrained: str = arg("openai", "open_clip's tag of the zero-shot weights, or random")
     weights: str = arg("", "local file with the zero-shot weights instead")
@@ -84,25 +84,25 @@ class Config:
     l2sp: str = arg("10,30,100", "strengths of L2-SP; ours")
     l2sp_form: str = arg("decoupled", "in the step or in the loss (S4)", "decoupled coupled")
     head: str = arg("pretrained", "anchor of the classifier (S2)", "pretrained none")
-    epochs: int = arg(30, "paper: 30 or 60 on DomainNet")
-    batch: int = arg(512, "ours; the paper's is not known to us")
+    epochs: int = arg(30, "paper: 30 or 60 on DomainNet", least=1)
+    batch: int = arg(512, "ours; the paper's is not known to us", least=1)
     lr: float = arg(2e-5, "DomainNet")
     weight_decay: float = arg(0.1, "of AdamW alone; listed for all runs")
     warmup: int = arg(500, "steps of linear warm-up; ours")
     clip: float = arg(1.0, "largest gradient norm; ours")
-    smoothing: float = arg(0.1, "label smoothing, all runs")
+    smoothing: float = arg(0.1, "label smoothing, all runs", most=1)
     mixup: float = arg(0.8, "all runs; needs an even batch")
     cutmix: float = arg(1.0, "all runs")
-    drop_path: float = arg(0.2, "all runs (S5)")
+    drop_path: float = arg(0.2, "all runs (S5)", most=1)
     selection: str = arg("paper", "paper: on ID val; code: on the reported ID set", "paper code")
     val_fraction: float = arg(0.02, "of train held out as ID val, where the data bring none; ours")
-    seeds: int = arg(1, "number of fine-tuning runs")
+    seeds: int = arg(1, "number of fine-tuning runs", least=1)
     seed: int = arg(0, "seed of the first run")
     precision: str = arg("fp32", "autocast; the paper does not state its own", "fp32 bf16 fp16")
     device: str = arg("auto", "auto: cuda, mps, cpu")
-    workers: int = arg(-1, "processes that decode images; -1: one per core on a GPU, else none")
+    workers: int = arg(-1, "processes that decode; -1: one per core on a GPU, else none", least=-1)
     skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
-    jobs: int = arg(2, "runs at a time, each in a process of its own; 1 on a GPU")
+    jobs: int = arg(2, "runs at a time, each in a process of its own; 1 on a GPU", least=1)
     resume: bool = arg(True, "continue unfinished training, reuse finished")
     out: str = arg("runs/spd", "folder for checkpoints, caches, results, figures")
 

@@ -78,8 +78,8 @@ class Config:
     finetuned: str = arg("", "fine-tuned checkpoint to put VRF on, instead of training (Tab. 12)")
     methods: str = arg("LC,E2E-FT,LP-FT", "what to train, comma-separated")
     ensemble: str = arg("E2E-FT,LP-FT", "which of them get ensemble rows; Tab. 4 has LC, too")
-    epochs: int = arg(10, "of LC, E2E-FT and LP-FT; Sec. 5.1")
-    batch: int = arg(512, "Sec. 5.1 (LP-FT on ViT-B/16: 384, App. C.1)")
+    epochs: int = arg(10, "of LC, E2E-FT and LP-FT; Sec. 5.1", least=1)
+    batch: int = arg(512, "Sec. 5.1 (LP-FT on ViT-B/16: 384, App. C.1)", least=1)
     lr: float = arg(3e-5, "E2E-FT; Sec. 5.1")
     lr_lpft: float = arg(1e-5, "second stage of LP-FT; App. C.1")
     lr_lc: float = arg(0.1, "linear classifier; App. C.1")
@@ -91,7 +91,7 @@ class Config:
     distance: str = arg("code", "code: squared; paper: plain (A1)", "paper code")
     # Differs (A4): the authors' code takes k from |D|, which is 20 times more on CIFAR-10
     k_rule: str = arg("paper", "paper: floor(p |V|); code: round(1000 |V| / |D|)", "paper code")
-    p: float = arg(0.001, "k as a share of |V|; Sec. 5.1")
+    p: float = arg(0.001, "k as a share of |V|; Sec. 5.1", most=1)
     temperature: str = arg(
         "code", "paper: none; code: confidence = accuracy (A6)", "paper code nll"
     )
@@ -101,11 +101,11 @@ class Config:
         "paper", "paper: on ID val; code: on the reported ID set (A10)", "paper code"
     )
     val_fraction: float = arg(0.02, "of train held out as ID val, where the data bring none; ours")
-    seeds: int = arg(1, "number of fine-tuning runs")
+    seeds: int = arg(1, "number of fine-tuning runs", least=1)
     seed: int = arg(0, "seed of the first run")
     precision: str = arg("fp32", "autocast; the paper does not state its own", "fp32 bf16 fp16")
     device: str = arg("auto", "auto: cuda, mps, cpu")
-    workers: int = arg(-1, "processes that decode images; -1: one per core on a GPU, else none")
+    workers: int = arg(-1, "processes that decode; -1: one per core on a GPU, else none", least=-1)
     skip_bad_images: bool = arg(False, "leave unreadable images out instead of stopping")
     resume: bool = arg(True, "continue unfinished training, reuse finished")
     out: str = arg("runs/vrf", "folder for checkpoints, caches, results, figures")

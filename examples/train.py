@@ -32,7 +32,9 @@ def settings(**own):
         "items": (1000, "training items, where they are generated"),
         "out": ("runs/examples", "folder for generated data"),
     }
-    fields = [(k, type(v[0]), common.arg(*v)) for k, v in (shared | own).items()]
+    whole = ("epochs", "batch", "items", "rank", "length", "size")  # 1 or more of these
+    pairs = (shared | own).items()
+    fields = [(k, type(v[0]), common.arg(*v, least=int(k in whole))) for k, v in pairs]
     return dataclasses.make_dataclass("Config", fields)
 
 
@@ -101,7 +103,7 @@ def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", spe
         groups = spd.param_groups(model, special)
         return spd.AdamSPD(groups, lr=config.lr, spd_lambda=strength, anchor=anchor)
 
-    strengths = spd.strengths(config.spd_lambda, "--spd-lambda")
+    strengths = common.numbers(config.spd_lambda, "--spd-lambda")
     model.eval()
     rows = [{"method": "start", **score(model), "deviation": deviation()}]
     for strength in (None, *strengths):

@@ -87,7 +87,7 @@ vrf --ab 1,-0.6                           | two positive numbers
 vrf --ab nan,1                            | two positive numbers
 vrf --ab 1,inf                            | two positive numbers
 vrf --ab paper                            | Table 7 lacks tiny_clip on digits
-vrf --p 2                                 | --p 2.0: expected a share
+vrf --p 2                                 | --p 2.0: expected at least 0 and at most 1
 vrf --p nan                               | --p nan: expected
 vrf --temperature cold                    | invalid choice: 'cold'
 vrf --weight cubic                        | invalid choice: 'cubic'
@@ -124,8 +124,8 @@ spd --spd-lambda=-1                       | --spd-lambda -1: expected positive n
 spd --l2sp ten                            | --l2sp ten: expected positive numbers
 spd --fraction 0                          | --fraction 0.0
 spd --fraction 1.5                        | --fraction 1.5
-spd --smoothing 2                         | --smoothing 2.0: expected a share
-spd --drop-path 1.5                       | --drop-path 1.5: expected a share
+spd --smoothing 2                         | --smoothing 2.0: expected at least 0 and at most 1
+spd --drop-path 1.5                       | --drop-path 1.5: expected at least 0 and at most 1
 spd --mixup -1                            | --mixup -1
 spd --head anchored                       | invalid choice
 spd --id reel                             | does not exist
@@ -166,7 +166,7 @@ error_bound --models 2          | --models 2: expected at least 3
 error_bound --runs 1            | --runs 1: expected at least 2
 error_bound --runs 500          | there are 100 models to split
 error_bound --delta 0           | --delta must lie between 0 and 1
-error_bound --delta 2           | --delta 2.0: expected a share
+error_bound --delta 2           | --delta 2.0: expected at least 0 and at most 1
 error_bound --scale 0           | --scale above 0
 error_bound --test 5            | --test 5: expected at least
 error_bound --bins 0            | --bins 0: expected at least 1
