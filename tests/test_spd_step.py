@@ -155,6 +155,7 @@ def run(fused, steps=10, dtype=torch.float32, shift=0, more=0, make=AdamSPD, sig
         dict(anchor="none"),
         dict(shift=1, signs="++-"),
         dict(shift=3, anchor="zero"),
+        dict(eps=0.0, signs="++-"),  # 0 / 0 in what fills a tail up would stop the projection
         dict(dtype=torch.float64, signs="++-"),
     ],
     ids=str,
