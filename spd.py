@@ -196,17 +196,29 @@ class AdamSPD(torch.optim.Optimizer):
     fused        None: the compiled kernel where it can be had and the tensors of a step are a
                  million elements or more, since for less its build would not pay; True: insist;
                  False: never.
+    foreach      torch's operations on whole lists: fewer launches for 16 more bytes a parameter.
+                 None: on a GPU without the kernel; True: insist; False: never.
     capturable   step counts live on the device, so that a CUDA graph can hold the step.
+    master       fp16 and bf16 weights have an fp32 copy, which is what the steps change.
+    anchor_dtype storage of "pretrained" anchors, such as torch.bfloat16; None: the weights'. The
+                 loop widens one at a time, the kernel and foreach all at once.
     save_anchors False leaves them out of the state dict; loading then checks, by hash, that the
                  optimiser was made of the same pre-trained weights.
     stats        keep c_t, r_t and gamma_{t-1} of the last step in state[p]["spd"], [3] fp64.
     """
 
+    OWN = ("fused", "foreach", "capturable", "master", "anchor_dtype", "save_anchors", "stats")
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, spd_lambda=1.0,
                  anchor="pretrained", rule="spd", weight_decay=0.0, amsgrad=False, maximize=False,
-                 fused=None, capturable=False, save_anchors=True, stats=False):  # fmt: skip
-        self.fused, self.capturable = fused, capturable
-        self.save_anchors, self.stats = save_anchors, stats
+                 fused=None, foreach=None, capturable=False, master=False, anchor_dtype=None,
+                 save_anchors=True, stats=False):  # fmt: skip
+        if fused and foreach:
+            raise ValueError("AdamSPD: fused and foreach exclude each other")
+        if anchor_dtype is not None and not anchor_dtype.is_floating_point:
+            raise ValueError(f"AdamSPD: anchor_dtype must be a floating type, got {anchor_dtype}")
+        self.fused, self.foreach, self.capturable, self.master = fused, foreach, capturable, master
+        self.anchor_dtype, self.save_anchors, self.stats = anchor_dtype, save_anchors, stats
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, spd_lambda=spd_lambda, anchor=anchor)
         defaults |= dict(rule=rule, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(params, defaults)
@@ -230,7 +242,8 @@ class AdamSPD(torch.optim.Optimizer):
             if param.is_complex():
                 raise ValueError("AdamSPD: complex parameters are not supported")
             if group["anchor"] == "pretrained":
-                self.state[param]["anchor"] = param.detach().clone()
+                dtype = self.anchor_dtype or param.dtype
+                self.state[param]["anchor"] = param.detach().to(dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -240,37 +253,59 @@ class AdamSPD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            batches = {}  # tensors that one kernel call can take together
+            batches = {}  # tensors that one call can take together
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 if param.grad.is_sparse:
                     raise ValueError("AdamSPD: sparse gradients are not supported, use dense ones")
                 state = self.state[param]
+                if self._dtype(param) != param.dtype and "master" not in state:
+                    state["master"] = param.detach().to(self._dtype(param))
                 if "step" not in state:
+                    weight = state.get("master", param)
                     state["step"] = torch.zeros((), device=param.device) if self.capturable else 0
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-                    if group["amsgrad"]:
-                        state["max_exp_avg_sq"] = torch.zeros_like(param)
+                    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
+                        state[name] = torch.zeros_like(weight)
                 state["step"] += 1
                 key = param.device, param.dtype, id(state) if self.capturable else state["step"]
                 batches.setdefault(key, []).append(param)
             for params in batches.values():
-                if kernels := self._kernels(params, group):
-                    self._fused_step(kernels, params, group)
-                else:
-                    self._loop_step(params, group)
+                self._step(params, group)
         return loss
 
-    def _loop_step(self, params, group):
+    def _dtype(self, param):
+        """Of the weights that the steps change, and of the moments."""
+        half = param.dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if self.master and half else param.dtype
+
+    def _step(self, params, group):
+        """One step of parameters of one device, type and step count, in one of three ways."""
+        states = [self.state[p] for p in params]
+        weights = [s.get("master", p) for s, p in zip(states, params, strict=True)]
+        grads, anchors = [p.grad for p in params], [s.get("anchor") for s in states]
+        kernels = self._kernels(weights, grads, group)
+        lists = not kernels and self._lists(weights, group)
+        if kernels or lists:
+            dtype = weights[0].dtype
+            grads = [grad.to(dtype) for grad in grads]
+            anchors = [anchor if anchor is None else anchor.to(dtype) for anchor in anchors]
+        if kernels:
+            self._fused_step(kernels, states, weights, grads, anchors, group)
+        elif lists:
+            self._foreach_step(states, weights, grads, anchors, group)
+        else:
+            self._loop_step(states, weights, grads, anchors, group)
+        for param, weight in zip(params, weights, strict=True):
+            if weight is not param:
+                param.copy_(weight)
+
+    def _loop_step(self, states, weights, grads, anchors, group):
         rule, strength, lr = group["rule"], group["spd_lambda"], group["lr"]
-        for param in params:
-            state, before = self.state[param], param
-            grad = -param.grad if group["maximize"] else param.grad
-            anchor = state.get("anchor", torch.zeros((), dtype=param.dtype, device=param.device))
-            free = group["anchor"] == "none"
-            raw = grad
+        free = group["anchor"] == "none"
+        for state, before, raw, anchor in zip(states, weights, grads, anchors, strict=True):
+            raw = grad = (-raw if group["maximize"] else raw).to(before.dtype)
+            anchor = before.new_zeros(()) if anchor is None else anchor.to(before.dtype)
             if rule == "l2-sp coupled" and not free:
                 grad = l2_sp_gradient(grad, before, anchor, strength)
             start = before * (1 - lr * group["weight_decay"]) if group["weight_decay"] else before
@@ -286,23 +321,80 @@ class AdamSPD(torch.optim.Optimizer):
                 after = pull(after, anchor, lr * strength)
             elif rule == "cautious" and not free:
                 after = cautious(before, after, anchor, lr * strength)
-            param.copy_(after)
+            before.copy_(after)
 
-    def _kernels(self, params, group):
+    def _lists(self, weights, group):
+        """Whether `_foreach_step` takes these tensors and this group."""
+        if self.foreach is False or self.foreach is None and weights[0].device.type != "cuda":
+            return False
+        fits = group["rule"] == "spd" and not self.capturable
+        fits &= not isinstance(group["lr"], torch.Tensor)
+        fits &= weights[0].dtype in (torch.float32, torch.float64)
+        fits &= not any(hasattr(w, "placements") for w in weights)  # sharded, as in _kernels
+        if self.foreach and not fits:
+            raise ValueError(
+                "AdamSPD: foreach=True needs rule 'spd' with no capturable or tensor lr, and whole "
+                f"float32 or float64 tensors, got {weights[0].dtype}; use foreach=None"
+            )
+        return fits
+
+    def _foreach_step(self, states, weights, grads, anchors, group):
+        """The loop's arithmetic on whole lists. Of the three sums the terms are in the weights'
+        type and added in fp64: c_t's sign can differ from the loop's below 1e-6 ||g|| ||D||.
+        """
+        step, lr, (beta1, beta2) = states[0]["step"], group["lr"], group["betas"]
+        grads = torch._foreach_neg(grads) if group["maximize"] else grads
+        exp_avg, second = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        if group["amsgrad"]:
+            largest = [s["max_exp_avg_sq"] for s in states]
+            torch._foreach_maximum_(largest, second)
+            second = largest
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(denominator, group["eps"])
+        after = torch._foreach_mul(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(after, exp_avg, denominator, -lr / (1 - beta1**step))
+        del denominator
+        if group["anchor"] != "none":
+            zero = group["anchor"] == "zero"
+            distance = weights if zero else torch._foreach_sub(weights, anchors)
+            update = torch._foreach_sub(after, weights)
+            s1, s2 = dots(grads, distance), dots(distance, distance)
+            s3 = dots(update, torch._foreach_add(update, distance, alpha=2))
+            amount = group["spd_lambda"] * self._ratio(states, s1, s2, s3)
+            amount = torch.where(s1 > 0, amount, 0.0).to(weights[0].dtype)
+            back = after if zero else torch._foreach_sub(after, anchors)
+            torch._foreach_sub_(after, torch._foreach_mul(back, list(amount.unbind())))
+        torch._foreach_copy_(weights, after)
+
+    def _ratio(self, states, s1, s2, s3):
+        """r_t of each tensor from the three sums, as in `deviation_ratio`; kept if asked.  [T]"""
+        before, after = s2.sqrt(), (s2 + s3).clamp_min(0).sqrt()
+        ratio = torch.where(s3 > 0, s3 / (after * (after + before)), 0.0)
+        if self.stats:
+            kept = torch.stack([-s1, ratio, before], 1)
+            for state, row in zip(states, kept, strict=True):
+                state["spd"] = row
+        return ratio
+
+    def _kernels(self, weights, grads, group):
         """The compiled kernels if they take these tensors and this group, else None."""
-        if self.fused is False:
+        if self.fused is False or self.foreach:
             return None
-        device, dtype = params[0].device.type, params[0].dtype
+        device, dtype = weights[0].device.type, weights[0].dtype
         plain = not (group["weight_decay"] or group["amsgrad"] or group["maximize"])
         fits = plain and group["rule"] == "spd" and not self.capturable
         fits &= not isinstance(group["lr"], torch.Tensor)
         fits &= (dtype == torch.float32 and device in ("cpu", "cuda")) or (
             dtype == torch.float64 and device == "cpu"
         )
-        for p in params:
-            fits &= p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == dtype
-            fits &= not hasattr(p, "placements")  # sharded: its sums are of all processes' parts
-        worth = self.fused or sum(p.numel() for p in params) >= 1_000_000
+        fits &= all(t.is_contiguous() for t in (*weights, *grads))
+        # sharded: its sums are of all processes' parts
+        fits &= not any(hasattr(w, "placements") for w in weights)
+        worth = self.fused or sum(w.numel() for w in weights) >= 1_000_000
         kernels = compiled() if fits and worth else None
         if kernels and device not in kernels.devices:
             kernels = None
@@ -315,29 +407,17 @@ class AdamSPD(torch.optim.Optimizer):
             )
         return kernels
 
-    def _fused_step(self, kernels, params, group):
-        states, sums = [self.state[p] for p in params], None
+    def _fused_step(self, kernels, states, weights, grads, anchors, group):
+        sums, options = None, [group[name] for name in ("lr", "betas", "eps")]
         if self.stats:
-            device = params[0].device
-            sums = torch.zeros(len(params), 3, dtype=torch.float64, device=device)
-        kernels.spd_step(
-            params,
-            [s["anchor"] if group["anchor"] == "pretrained" else None for s in states],
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            states[0]["step"],
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            0.0 if group["anchor"] == "none" else group["spd_lambda"],
-            sums,
-        )
+            shape, device = (len(states), 3), weights[0].device
+            sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        strength = 0.0 if group["anchor"] == "none" else group["spd_lambda"]
+        moments = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        tensors = weights, anchors, grads, *moments
+        kernels.spd_step(*tensors, states[0]["step"], *options, strength, sums)
         if self.stats:
-            for state, (s1, s2, s3) in zip(states, sums.unbind(), strict=True):
-                before, after = s2.sqrt(), (s2 + s3).clamp_min(0).sqrt()
-                ratio = torch.where(s3 > 0, s3 / (after * (after + before)), 0.0)
-                state["spd"] = torch.stack([-s1, ratio, before])
+            self._ratio(states, *sums.unbind(1))
 
     def state_dict(self):
         """torch's, with the anchors, or with their hashes if save_anchors is False."""
@@ -356,6 +436,16 @@ class AdamSPD(torch.optim.Optimizer):
         """
         mine = {p: state["anchor"] for p, state in self.state.items() if "anchor" in state}
         super().load_state_dict(saved)
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in saved["state"].get(i, {}).items():  # torch gave all p's own type
+                dtype = self.anchor_dtype if name == "anchor" else None
+                dtype = dtype or (p.dtype if name == "anchor" else self._dtype(p))
+                if torch.is_tensor(value) and name != "step" and dtype != p.dtype:
+                    self.state[p][name] = value.to(p.device, dtype)
+            if self._dtype(p) == p.dtype:
+                self.state[p].pop("master", None)  # of a run that had one
         for p, state in self.state.items():
             if isinstance(state.get("anchor"), int):
                 if p not in mine or fingerprint(mine[p]) != state["anchor"]:
@@ -366,14 +456,48 @@ class AdamSPD(torch.optim.Optimizer):
                 state["anchor"] = mine[p]
 
     def __getstate__(self):  # of copy and pickle
-        own = ("fused", "capturable", "save_anchors", "stats")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        return super().__getstate__() | {name: getattr(self, name) for name in self.OWN}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:  # of a file from before these options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def dots(a, b):
+    """Sums of the products of two lists of tensors, added in fp64.  -> [T]"""
+    return torch.stack([x.sum(dtype=torch.float64) for x in torch._foreach_mul(a, b)])
+
+
+def hold(optimiser, spd_lambda=1.0, anchor="pretrained"):
+    """Extension: Eqs. (3), (4), (9) after each step of any torch optimiser; the paper has Adam's.
+
+    Call it while the weights are the pre-trained ones, also when a run is resumed: the anchors are
+    not in the optimiser's state dict. "zero" as in AdamSPD. Returns a function that ends it.
+
+        hold(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), spd_lambda=1.0)
+    """
+    if anchor not in ("pretrained", "zero"):
+        raise ValueError(f"hold: anchor must be 'pretrained' or 'zero', got {anchor!r}")
+    params = [p for group in optimiser.param_groups for p in group["params"]]
+    anchors = {p: p.detach().clone() if anchor == "pretrained" else p.new_zeros(()) for p in params}
+    before = {}
+
+    def keep(*_):
+        before.update((p, p.detach().clone()) for p in params)
+
+    @torch.no_grad()
+    def pull_back(*_):
+        for p in params:
+            if p.grad is not None:
+                c = condition(p.grad, before[p], anchors[p])
+                r = deviation_ratio(before[p], p, anchors[p])
+                p.copy_(project(p, anchors[p], c, r, spd_lambda))
+        before.clear()
+
+    hooks = optimiser.register_step_pre_hook(keep), optimiser.register_step_post_hook(pull_back)
+    return lambda: [hook.remove() for hook in hooks]
 
 
 def fingerprint(tensor):

@@ -193,13 +193,10 @@ def kill(script, out, seconds, whole):
 
 def kills(script, folder, n):
     """The rows of the table of kills."""
-    code, said = complete(script, folder / "whole")
-    if code != 0:
-        raise SystemExit(f"{script}: the undisturbed run ended with {code}:\n{said}")
-    run = Run(script, folder / "clock")
-    used = [0.0]
+    run, used = Run(script, folder / "whole"), [0.0]
     run.until(lambda: used.append(run.cpu() or 0) or False)
-    run.wait()
+    if code := run.wait():
+        raise SystemExit(f"{script}: the undisturbed run ended with {code}:\n{run.said}")
     whole = {"rows": 0, "numbers": numbers_of(folder / "whole", 0)}
     whole["rows"] = len(json.loads(whole["numbers"].get("results.jsonl", "[]")))
     rng, right, kinds, wrong = random.Random(0), 0, [], []
@@ -246,7 +243,7 @@ def ctrl_c(script, folder, whole):
     run.until(lambda: any(out.glob("checkpoints/*.pt")))
     os.kill(run.pid, signal.SIGINT)
     code, said = run.wait(), run.said
-    if code != 130 or "Traceback" in said:
+    if code != 130 or "Traceback" in said or not sentence(said).startswith("interrupted; the same"):
         return False, f"exit code {code}: {sentence(said)}"
     code, _ = complete(script, out)
     same = numbers_of(out, len(json.loads(whole.get("results.jsonl", "[]")))) == whole

@@ -119,7 +119,7 @@ def tables(tree, out):
     }
 
 
-def sharded():
+def sharded(anchor):
     """Weights after AdamSPD's steps on a model of which each process holds a part (FSDP)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -128,7 +128,7 @@ def sharded():
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=init_device_mesh("cpu", (common.world(),)))
-    optimiser = spd.AdamSPD(model.parameters(), lr=0.05, stats=True)
+    optimiser = spd.AdamSPD(model.parameters(), lr=0.05, anchor=anchor, stats=True)
     x = torch.randn(STEPS, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     fired = 0
     for batch in x:
@@ -155,7 +155,7 @@ def compute(tree, out):
         "cross-entropy": gradients(cross_entropy, (1, 2, 5, 8)),
         "trained": trained(out, "whole"),
         "distances": distances(),
-        "sharded": sharded(),
+        "sharded": sharded("pretrained") + sharded("zero"),
         "tables": tables(tree, out),
     }
 

@@ -5,13 +5,9 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +135,7 @@ COUNTS = {
     "ImageNet-R": 4,
     "ObjectNet": 4,
 }
-VIT = "--model ViT-B-32 --pretrained random --epochs 1 --batch 8 --warmup 1 --lr 1e-4".split()
+VIT = "--model ViT-S-32 --pretrained random --epochs 1 --batch 8 --warmup 1 --lr 1e-4".split()
 
 
 def make_imagenet(root):
@@ -181,7 +177,7 @@ def imagenet_run(imagenet, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "clip_templates", lambda: clip_templates()[:5])
         yield out, *run("--data", imagenet, "--out", out, "--methods", "E2E-FT", *VIT)
-    shutil.rmtree(out)  # its checkpoint has 350 MB
+    shutil.rmtree(out)  # its checkpoint has 100 MB
 
 
 def test_an_imagenet_tree_gives_the_table_of_all_its_sets(imagenet_run):
@@ -211,7 +207,7 @@ def test_result_rows_parse_and_count_every_image(imagenet_run):
         for v in r["right"].values():
             low, high = v["wilson95"]
             assert -1e-9 < low <= v["right"] / v["n"] + 1e-9 and v["right"] / v["n"] <= high + 1e-9
-        assert r["run"]["config"]["model"] == "ViT-B-32" and r["run"]["versions"]["torch"]
+        assert r["run"]["config"]["model"] == "ViT-S-32" and r["run"]["versions"]["torch"]
 
 
 def test_the_figure_has_its_numbers_beside_it(imagenet_run):
@@ -442,7 +438,9 @@ def test_without_a_failure_set_vrf_is_zero_shot_and_the_run_finishes(tree, tmp_p
     + ["--warmup -1", "--clip -1", "--weight-decay -1", "--workers -2", "--lr-lc inf"],
 )
 def test_a_number_that_makes_no_sense_is_refused_before_any_work(words):
-    with pytest.raises(common.InputError, match=f"^{words}.*: expected at least (-1|0|1)$"):
+    with pytest.raises(
+        common.InputError, match=f"^{words}.*: expected at least (-1|0|1)( and at most 1)?$"
+    ):
         run(*words.replace(" -", "=-").split())
 
 
@@ -527,39 +525,3 @@ def test_two_minutes_of_digits_tell_the_story(tmp_path):
     assert common.mean_shift(ft) < common.mean_shift(mixed)
     assert failure_count(text)[0] > 100
     assert re.findall(r"^(\d)\. ", text[text.index("results:") :], re.MULTILINE) == ["1", "2", "3"]
-
-
-# Ctrl-C
-
-
-def test_ctrl_c_is_one_sentence_and_the_same_command_continues_bit_for_bit(tree, tmp_path):
-    words = ["--data", tree, *TINY, *RECIPE, "--epochs", "12", "--out"]
-
-    def start(out):
-        command = [sys.executable, "vrf.py", *map(str, words), str(out)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes
-        )
-
-    def table(text):
-        return text[text.index("accuracy in %") : text.index("results:")]
-
-    whole = start(tmp_path / "whole")
-    stopped = start(tmp_path / "parts")
-    while stopped.poll() is None and not list(tmp_path.glob("parts/checkpoints/*.pt")):
-        time.sleep(0.01)
-    stopped.send_signal(signal.SIGINT)
-    errors = stopped.communicate()[1]
-    assert stopped.returncode == 130 and "Traceback" not in errors
-    sentence = "interrupted; the same command continues from the last checkpoint"
-    assert errors.rstrip().splitlines()[-1] == sentence
-    again = start(tmp_path / "parts")
-    text = again.communicate()[0]
-    assert re.search(r"E2E-FT, seed 0: continues .* at step \d+ of 60\n", text)
-    assert again.returncode == 0 and table(text) == table(whole.communicate()[0])
-    a, b = (
-        torch.load(next((tmp_path / x).glob("checkpoints/*.pt")), weights_only=True)["model"]
-        for x in ("whole", "parts")
-    )
-    assert all(torch.equal(a[k], b[k]) for k in a)

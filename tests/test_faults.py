@@ -13,8 +13,8 @@ import common
 
 
 def test_a_killed_or_damaged_run_loses_its_last_interval_at_most():
-    chosen = ["output folder read-only", "one bit of a checkpoint", "one bit of a cache"]
-    chosen += ["two runs, one folder", "a loader process killed"]  # the rest: in other tests
+    chosen = ["Ctrl-C", "one bit of a checkpoint", "one bit of a cache", "two runs, one folder"]
+    chosen += ["a loader process killed"]  # the rest: in other tests
     options = argparse.Namespace(kills=2, script=["vrf"], faults=chosen)
     with faults.small_digits() as folder:
         rows, found = faults.tables(options, folder)

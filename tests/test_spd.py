@@ -432,6 +432,196 @@ def test_gradients_of_two_halves_are_one_decision():
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
+# lists of tensors, half precision, other optimisers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amsgrad": True},
+        {"maximize": True},
+        {"weight_decay": 0.1},
+        {"anchor": "none"},
+        {"stats": True},
+    ],
+    ids=str,
+)
+def test_foreach_is_the_loop_under_every_option(options):
+    models = [network(), network()]
+    made = [
+        spd.AdamSPD(m.parameters(), lr=1e-2, fused=False, foreach=f, **options)
+        for m, f in zip(models, (True, False), strict=True)
+    ]
+    for x, y in zip(*(train(m, o) for m, o in zip(models, made, strict=True)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    for s, t in zip(*(o.state.values() for o in made), strict=True):
+        assert s.keys() == t.keys() and ("spd" in s) == ("stats" in options)
+        if "spd" in s:
+            torch.testing.assert_close(s["spd"], t["spd"], rtol=1e-2, atol=1e-4)
+
+
+def test_foreach_that_cannot_be_had_is_refused_and_left_to_torchs_rule_is_for_gpus():
+    model, other = network(), network()
+    with pytest.raises(ValueError, match="fused and foreach exclude each other"):
+        spd.AdamSPD(model.parameters(), fused=True, foreach=True)
+    with pytest.raises(ValueError, match="foreach=True needs rule 'spd'"):
+        train(model, spd.AdamSPD(model.parameters(), foreach=True, rule="cautious"), 1)
+    plain = train(network(), spd.AdamSPD(other.parameters()), 0)
+    assert equal(plain, other.parameters())
+    loop, left = network(), network()
+    ends = [
+        train(m, spd.AdamSPD(m.parameters(), lr=1e-2, fused=False, foreach=f), 5)
+        for m, f in ((loop, False), (left, None))
+    ]
+    assert equal(*ends)
+
+
+def half_run(dtype, steps=200, size=2_000, resume_at=None, **options):
+    """Weights, and the optimiser, after small steps of given gradients, some of them back."""
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=g).bfloat16().to(dtype)
+    param = nn.Parameter(start.clone())
+    optimiser = spd.AdamSPD([param], lr=1e-4, **options)
+    for i in range(steps):
+        if i == resume_at:
+            saved, weights = saved_and_loaded(optimiser)[0], param.detach().clone()
+            param = nn.Parameter(start.clone())
+            optimiser = spd.AdamSPD([param], lr=1e-4, **options)
+            optimiser.load_state_dict(saved)
+            param.data.copy_(weights)
+        slope = torch.linspace(-1, 1, size) + 0.1 * torch.randn(size, generator=g)
+        param.grad = (slope * (-1 if i % 5 == 4 else 1)).bfloat16().to(dtype)
+        optimiser.step()
+    return param.detach(), optimiser
+
+
+@pytest.mark.parametrize("way", [{"fused": False}, {"fused": True}, {"foreach": True}], ids=str)
+def test_bf16_weights_with_a_master_follow_the_run_in_fp32(way):
+    if way.get("fused") and spd.compiled() is None:
+        pytest.skip("no compiled kernels here")
+    expected, _ = half_run(torch.float32, fused=False)
+    half, optimiser = half_run(torch.bfloat16, master=True, **way)
+    (state,) = optimiser.state.values()
+    assert {state[n].dtype for n in ("master", "exp_avg", "exp_avg_sq")} == {torch.float32}
+    torch.testing.assert_close(state["master"], expected, rtol=1e-5, atol=1e-6)
+    assert half.dtype == torch.bfloat16 and torch.equal(half, state["master"].bfloat16())
+    without, _ = half_run(torch.bfloat16, fused=False)  # steps smaller than bf16's grid are lost
+    error = [(x.float() - expected).abs().mean() for x in (half, without)]
+    assert error[0] < 0.3 * error[1]
+
+
+def test_fp32_weights_have_no_master():
+    _, optimiser = half_run(torch.float32, 2, master=True)
+    assert "master" not in optimiser.state[optimiser.param_groups[0]["params"][0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {"master": True}),
+        (torch.bfloat16, {"master": True, "amsgrad": True, "save_anchors": False}),
+        (torch.float32, {"anchor_dtype": torch.bfloat16}),
+        (torch.bfloat16, {"anchor_dtype": torch.float32}),
+    ],
+    ids=str,
+)
+def test_masters_and_anchors_of_another_type_resume_bitwise(dtype, options):
+    """torch's loader gives every tensor of the state the weights' own type."""
+    whole, straight = half_run(dtype, **options)
+    parts, resumed = half_run(dtype, resume_at=17, **options)
+    assert torch.equal(whole, parts)
+    (a,), (b,) = straight.state.values(), resumed.state.values()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a if k != "step")
+    assert {k: v.dtype for k, v in a.items() if k != "step"} == {
+        k: v.dtype for k, v in b.items() if k != "step"
+    }
+
+
+def test_a_state_dict_goes_between_runs_with_and_without_a_master():
+    for first, second in ((True, False), (False, True)):
+        _, optimiser = half_run(torch.bfloat16, 3, master=first)
+        param = nn.Parameter(torch.randn(2_000).bfloat16())
+        other = spd.AdamSPD([param], lr=1e-4, master=second)
+        other.load_state_dict(saved_and_loaded(optimiser)[0])
+        param.grad = torch.ones_like(param)
+        other.step()
+        assert ("master" in other.state[param]) == second
+
+
+def test_anchors_may_take_half_the_memory_and_are_the_rounded_weights():
+    size, saved = 4_000, {}
+    for dtype in (None, torch.bfloat16):
+        param = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+        optimiser = spd.AdamSPD([param], lr=1e-2, anchor_dtype=dtype, foreach=True)
+        param.grad = torch.ones(size)
+        optimiser.step()
+        saved[dtype] = saved_and_loaded(optimiser)[1] / size
+        expected = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        anchor = optimiser.state[param]["anchor"]
+        assert torch.equal(anchor, expected.to(dtype or torch.float32))
+    assert saved[None] - saved[torch.bfloat16] == pytest.approx(2, abs=0.1)
+    with pytest.raises(ValueError, match="anchor_dtype must be a floating type, got torch.int8"):
+        spd.AdamSPD([param], anchor_dtype=torch.int8)
+
+
+def test_held_adam_is_adam_spd():
+    ours, theirs = network(), network()
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
+    spd.hold(adam, spd_lambda=2.0)
+    mine = spd.AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False)
+    assert equal(train(ours, mine, 40), train(theirs, adam, 40))
+    free = network()
+    assert not equal(
+        train(free, torch.optim.Adam(free.parameters(), lr=1e-2), 40), theirs.parameters()
+    )
+
+
+def momentum(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def lion(params):
+    return pytest.importorskip("timm.optim").Lion(list(params), lr=3e-3)
+
+
+@pytest.mark.parametrize("make", [momentum, lion])
+@pytest.mark.parametrize("anchor", ["pretrained", "zero"])
+def test_other_optimisers_are_held_nearer_to_the_anchor(make, anchor):
+    radius = {}
+    for strength in (0.0, 1.0, 2.0):
+        model = network()
+        start = [p.detach().clone() * (anchor == "pretrained") for p in model.parameters()]
+        optimiser = make(model.parameters())
+        spd.hold(optimiser, strength, anchor)
+        end = train(model, optimiser, 40)
+        radius[strength] = sum(((a - b) ** 2).sum() for a, b in zip(end, start, strict=True)).item()
+    assert radius[2.0] < radius[1.0] < radius[0.0]
+
+
+def test_a_released_optimiser_goes_on_alone():
+    held, free = network(), network()
+    optimisers = [momentum(m.parameters()) for m in (held, free)]
+    spd.hold(optimisers[0], 2.0)()  # held and released at once
+    assert equal(*(train(m, o) for m, o in zip((held, free), optimisers, strict=True)))
+
+
+def test_holding_takes_closures_and_refuses_other_anchors():
+    model, (x, y) = network(), noisy(0)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    spd.hold(optimiser)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [optimiser.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="anchor must be 'pretrained' or 'zero', got 'none'"):
+        spd.hold(optimiser, anchor="none")
+
+
 # state
 
 

@@ -22,13 +22,17 @@ GOLDEN = {
 }
 
 
-@pytest.fixture(params=[*ISAS, "pytorch"])
+LOOP, LISTS, KERNEL = (
+    {"fused": f, "foreach": e} for f, e in ((False, False), (False, True), (True, False))
+)
+
+
+@pytest.fixture(params=[*ISAS, "loop", "foreach"])
 def path(request, monkeypatch):
-    """fused= for AdamSPD, with the kernel's instruction set forced."""
-    if request.param == "pytorch":
-        return False
-    monkeypatch.setattr(kernels(request.param), "isa", request.param)
-    return True
+    """AdamSPD's options for each way of computing, with the kernel's instruction set forced."""
+    if request.param in ISAS:
+        monkeypatch.setattr(kernels(request.param), "isa", request.param)
+    return {"loop": LOOP, "foreach": LISTS}.get(request.param, KERNEL)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +62,7 @@ def close(actual, expected, tolerance=1e-8):
 
 @pytest.mark.parametrize("spd_lambda", GOLDEN)
 def test_golden_trace_of_the_authors_code_is_met_to_1e_8(path, spd_lambda):
-    seen = trace([PULL] * 4 + [PUSH] * 4, spd_lambda=spd_lambda, fused=path)
+    seen = trace([PULL] * 4 + [PUSH] * 4, spd_lambda=spd_lambda, **path)
     for step, expected in zip((5, 6, 8), GOLDEN[spd_lambda], strict=True):
         assert close(seen[step - 1], expected)
     for step, expected in enumerate([(0.6, -0.35), (0.7, -0.45), (0.8, -0.55), (0.9, -0.65)]):
@@ -66,7 +70,7 @@ def test_golden_trace_of_the_authors_code_is_met_to_1e_8(path, spd_lambda):
 
 
 def test_golden_trace_of_the_zero_anchor(path):
-    seen = trace([PULL, PULL, PUSH, PUSH], spd_lambda=1.0, anchor="zero", fused=path)
+    seen = trace([PULL, PULL, PUSH, PUSH], spd_lambda=1.0, anchor="zero", **path)
     assert close(seen[2], (0.6788036, -0.48137892))
     assert close(seen[3], (0.65494286, -0.51337107))
 
@@ -90,7 +94,7 @@ def test_deviation_ratio_by_hand():
 
 def test_c_and_r_of_the_golden_trace(path):
     param = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
-    optimizer = AdamSPD([param], lr=0.1, stats=True, fused=path)
+    optimizer = AdamSPD([param], lr=0.1, stats=True, **path)
     for gradient, expected in zip([PULL] * 4 + [PUSH], (0, 0.3, 0.6, 0.9, -0.6), strict=True):
         param.grad = torch.tensor(gradient, dtype=torch.float64)
         optimizer.step()
@@ -98,14 +102,14 @@ def test_c_and_r_of_the_golden_trace(path):
 
 
 def test_strength_one_keeps_the_previous_radius(path):
-    seen = trace([PULL] * 4 + [PUSH], spd_lambda=1.0, fused=path)
+    seen = trace([PULL] * 4 + [PUSH], spd_lambda=1.0, **path)
     anchor = torch.tensor(START, dtype=torch.float64)
     assert abs((seen[4] - anchor).norm() / (seen[3] - anchor).norm() - 1) < 1e-12
 
 
 def test_step_one_never_projects_towards_pretrained_weights(path):
-    one = trace([PUSH], spd_lambda=5.0, fused=path)[0]
-    assert torch.equal(one, trace([PUSH], spd_lambda=0.0, fused=path)[0])
+    one = trace([PUSH], spd_lambda=5.0, **path)[0]
+    assert torch.equal(one, trace([PUSH], spd_lambda=0.0, **path)[0])
 
 
 RAGGED = [(1,), (3,), (511,), (65_535,), (65_537,), (), (0,), (7, 11), (4, 3, 2, 5)] + [(5,)] * 11
@@ -126,12 +130,12 @@ def ragged(dtype=torch.float32, shift=0, more=0):
 
 @functools.cache
 def by_the_loop(**options):
-    return run(False, **options)
+    return run(LOOP, **options)
 
 
-def run(fused, steps=10, dtype=torch.float32, shift=0, more=0, make=AdamSPD, signs="+", **options):
+def run(path, steps=10, dtype=torch.float32, shift=0, more=0, make=AdamSPD, signs="+", **options):
     params = [p.requires_grad_() for p in ragged(dtype, shift, more)]
-    optimizer = make(params, lr=1e-2, **options, **({"fused": fused} if make is AdamSPD else {}))
+    optimizer = make(params, lr=1e-2, **options, **path)
     generator = torch.Generator().manual_seed(1)
     base = [
         torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) for p in params
@@ -144,7 +148,7 @@ def run(fused, steps=10, dtype=torch.float32, shift=0, more=0, make=AdamSPD, sig
     return [p.detach() for p in params], optimizer
 
 
-@pytest.mark.parametrize("path", ISAS, indirect=True)  # not the reference itself
+@pytest.mark.parametrize("path", [*ISAS, "foreach"], indirect=True)  # not the reference itself
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,16 +165,16 @@ def run(fused, steps=10, dtype=torch.float32, shift=0, more=0, make=AdamSPD, sig
     ids=str,
 )
 def test_ten_steps_equal_the_reference_on_ragged_tensors(path, options):
-    assert_equals_the_loop(**options)
+    assert_equals_the_loop(path, **options)
 
 
 def test_three_hundred_tensors_at_once():
     kernels()
-    assert_equals_the_loop(signs="+-", steps=3, more=280)
+    assert_equals_the_loop(KERNEL, signs="+-", steps=3, more=280)
 
 
-def assert_equals_the_loop(**options):
-    ours, fast = run(True, **options)
+def assert_equals_the_loop(path, **options):
+    ours, fast = run(path, **options)
     reference, loop = by_the_loop(**options)
     double = options.get("dtype") == torch.float64
     for a, b in zip(ours, reference, strict=True):
@@ -188,7 +192,7 @@ def test_the_ragged_runs_project_some_tensors_and_leave_others(path):
 
 def test_lambda_zero_is_torch_adam(path):
     ours, _ = run(path, steps=25, spd_lambda=0.0)
-    theirs, _ = run(None, steps=25, make=torch.optim.Adam, foreach=False)
+    theirs, _ = run({}, steps=25, make=torch.optim.Adam, foreach=False)
     for a, b in zip(ours, theirs, strict=True):
         # 2 ulp of the size the values pass through; the step itself is what is compared
         assert torch.allclose(a, b, rtol=4e-7, atol=4e-7)
@@ -196,16 +200,16 @@ def test_lambda_zero_is_torch_adam(path):
 
 def test_a_gradient_across_the_way_travelled_projects_nothing(path):
     along, across = (1.0, 0.0), (0.0, 1.0)  # c_2 = 0, and the strict < of Eq. (3) is not met
-    seen = trace([along, across], spd_lambda=5.0, fused=path)
-    free = trace([along, across], spd_lambda=0.0, fused=path)
+    seen = trace([along, across], spd_lambda=5.0, **path)
+    free = trace([along, across], spd_lambda=0.0, **path)
     assert torch.equal(seen[1], free[1])
     start = torch.tensor(START, dtype=torch.float64)
     assert (free[1] - start).norm() > (free[0] - start).norm()  # though it went further out
 
 
 def test_without_strength_the_loop_is_torch_adam_bit_for_bit():
-    ours, _ = run(False, steps=100, spd_lambda=0.0, signs="++-")
-    theirs, _ = run(None, steps=100, make=torch.optim.Adam, signs="++-", foreach=False)
+    ours, _ = run(LOOP, steps=100, spd_lambda=0.0, signs="++-")
+    theirs, _ = run({}, steps=100, make=torch.optim.Adam, signs="++-", foreach=False)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -213,7 +217,7 @@ def test_strength_one_keeps_the_radius_in_fp32_to_one_in_a_million(path):
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(10_000, generator=generator))
     anchor, grad = param.detach().clone(), torch.randn(10_000, generator=generator)
-    optimizer, radii = AdamSPD([param], lr=1e-2, spd_lambda=1.0, stats=True, fused=path), []
+    optimizer, radii = AdamSPD([param], lr=1e-2, spd_lambda=1.0, stats=True, **path), []
     for sign in (1, 1, 1, -1):
         param.grad = sign * grad
         optimizer.step()
@@ -224,8 +228,8 @@ def test_strength_one_keeps_the_radius_in_fp32_to_one_in_a_million(path):
 
 def test_kernel_and_loop_fire_for_the_same_tensors_and_keep_statistics_on_demand(path):
     signs, stats = "+++-", []
-    for fused in (path, False):
-        _, optimizer = run(fused, steps=4, signs=signs, stats=True)
+    for way in (path, LOOP):
+        _, optimizer = run(way, steps=4, signs=signs, stats=True)
         stats.append(torch.stack([s["spd"] for s in optimizer.state.values()]))
     assert torch.allclose(*stats, rtol=1e-4, atol=1e-6)
     a, b = ((s[:, 0] < 0) & (s[:, 1] > 0) for s in stats)
@@ -244,7 +248,7 @@ def test_same_bits_for_any_number_of_threads_and_any_instruction_set(monkeypatch
         if kernels().module.has_instruction_set(isa):
             monkeypatch.setattr(kernels(), "isa", isa)
             torch.set_num_threads(count)
-            results.append(bits(run(True, steps=3, signs="++-")[0]))
+            results.append(bits(run(KERNEL, steps=3, signs="++-")[0]))
     assert all(result == results[0] for result in results)
 
 
@@ -277,7 +281,7 @@ def test_a_tensor_larger_than_the_cache_group_is_projected_whole():
 
 def test_a_nan_gradient_projects_nothing_and_spreads_no_further(path):
     first, second = torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(9))
-    optimizer = AdamSPD([first, second], fused=path)
+    optimizer = AdamSPD([first, second], **path)
     for value in (1.0, float("nan")):
         first.grad, second.grad = torch.full((9,), value), torch.ones(9)
         optimizer.step()
@@ -286,7 +290,7 @@ def test_a_nan_gradient_projects_nothing_and_spreads_no_further(path):
 
 def test_a_parameter_without_gradient_stays_and_counts_no_step(path):
     first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
-    optimizer = AdamSPD([first, second], fused=path)
+    optimizer = AdamSPD([first, second], **path)
     first.grad = torch.ones(3)
     optimizer.step()
     assert torch.equal(second, torch.ones(3)) and "step" not in optimizer.state[second]
@@ -297,16 +301,16 @@ def test_state_dict_round_trip_continues_bit_for_bit_and_keeps_the_anchor(path):
         param.grad = torch.linspace(-1, 1, 33) * (-1) ** step
 
     whole = torch.nn.Parameter(torch.ones(33))
-    straight = AdamSPD([whole], lr=0.1, fused=path)
+    straight = AdamSPD([whole], lr=0.1, **path)
     for step in range(6):
         grads(whole, step)
         straight.step()
     param = torch.nn.Parameter(torch.ones(33))
-    first = AdamSPD([param], lr=0.1, fused=path)
+    first = AdamSPD([param], lr=0.1, **path)
     for step in range(3):
         grads(param, step)
         first.step()
-    second = AdamSPD([param], lr=0.1, fused=path)  # would anchor at the tuned weights ...
+    second = AdamSPD([param], lr=0.1, **path)  # would anchor at the tuned weights ...
     second.load_state_dict(first.state_dict())  # ... but takes the checkpoint's anchor
     for step in range(3, 6):
         grads(param, step)
@@ -363,7 +367,7 @@ def test_strides_of_dimensions_of_size_one_say_nothing():
 
 def test_autograd_refuses_a_graph_whose_weights_were_stepped_since(path):
     param = torch.nn.Parameter(torch.ones(9))
-    optimizer, loss = AdamSPD([param], fused=path), (param * param).sum()
+    optimizer, loss = AdamSPD([param], **path), (param * param).sum()
     param.grad = torch.ones(9)
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
