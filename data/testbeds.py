@@ -14,6 +14,7 @@ and per-example tables (.npz: `models`, per set packed bits and `<set>/n`).
 
 import csv
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,14 +219,16 @@ class Redraws:
 
     lines: dict  # shift -> slope [R], intercept [R]
     weights: dict  # set -> [R, N]; empty if only counts are known
-    rng: np.random.Generator
 
     def accuracy(self, name, right=None, k=None, n=None):
-        """[R], of a model that is known by image (drawn with the testbed's), or by counts."""
+        """[R], of a model that is known by image (drawn with the testbed's), or by counts: then the
+        same counts of the same set are drawn alike, whatever was drawn before.
+        """
         if right is not None and not self.weights:
             k, n = right.sum(), len(right)
         if right is None or not self.weights:
-            return self.rng.binomial(n, k / n, len(next(iter(self.lines.values()))[0])) / n
+            rng = np.random.default_rng([zlib.crc32(name.encode()), int(k), int(n)])
+            return rng.binomial(n, k / n, len(next(iter(self.lines.values()))[0])) / n
         return self.weights[name] @ right.astype(np.float32) / len(right)
 
 
@@ -246,7 +249,7 @@ def redraw(testbed, draws, seed=0):
             drawn = rng.binomial(n, np.nan_to_num(k) / n, (draws, len(rows))) / n
             accuracies[name] = np.where(np.isnan(k), np.nan, drawn)[who]
     pairs = {ood: (accuracies[i], accuracies[ood]) for ood, i in testbed.id_of.items()}
-    return Redraws({s: slopes(logit(a), logit(b)) for s, (a, b) in pairs.items()}, weights, rng)
+    return Redraws({s: slopes(logit(a), logit(b)) for s, (a, b) in pairs.items()}, weights)
 
 
 def interval(draws):

@@ -13,10 +13,13 @@ from pathlib import Path
 import common
 
 # lr: of logistic regression its lambda. k, n: images right, of how many; half: of a random half of
-# the shift; nobody: of the images that no testbed model gets right; ece: where it was measured
+# the shift, id_half: of its ID set; beta: what the line gives the ID accuracy, that of the half and
+# of the rest; nobody: of the images that no testbed model gets right; ece: where it was measured.
+# The row of shift "mean" has the first shift's ID counts
 COLUMNS = (
-    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_half,n_half,"
-    "k_nobody,n_nobody,beta,er,er_lo,er_hi,extrapolated,ece_id,ece_ood"
+    "run,model,init,lr,seed,step,epoch,shift,k_id,n_id,k_val,n_val,k_ood,n_ood,k_id_half,n_id_half,"
+    "k_half,n_half,k_nobody,n_nobody,beta,beta_half,beta_rest,er,er_lo,er_hi,extrapolated,ece_id,"
+    "ece_ood"
 ).split(",")
 TEXT = ("run", "model", "init", "shift")
 
@@ -47,7 +50,12 @@ def read(path, shifts=None):
         return []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [r for r in csv.DictReader(file) if r.get("extrapolated")]
+            table = csv.DictReader(file)
+            rows = [r for r in table if r.get("extrapolated")]
+        if lacking := [c for c in COLUMNS if c not in (table.fieldnames or COLUMNS)]:
+            raise common.InputError(
+                f"{path} has no column {lacking[0]!r}, as of an older version; remove it, run again"
+            )
     except (UnicodeDecodeError, csv.Error) as error:
         raise common.InputError(f"{path} cannot be read ({common.first_line(error)})") from error
     steps = [r["step"] for r in rows]
@@ -80,10 +88,12 @@ def record(path, steps, shifts, rows_at, attempt, resume=True):
     right() -> {set: bool [N]}; rows_at(done, right) -> rows.  -> path
     """
     for again in (resume, False):  # a checkpoint whose trajectory was lost: once more
-        rows = read(path, shifts) if again and not common.rank() else []
+        rows = []
         if path.exists() and not common.rank():
             header, *lines = path.read_text().splitlines() or [""]
-            if header != ",".join(COLUMNS) or len(lines) != len(rows):
+            same = header == ",".join(COLUMNS)
+            rows = read(path, shifts) if again and same else []
+            if not same or len(lines) != len(rows):
                 path.unlink()  # it ends in a part of an evaluation, or is not to be resumed
                 append(path, rows)
         known = common.from_rank_0({int(r["step"]) for r in rows})

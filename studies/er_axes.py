@@ -300,10 +300,34 @@ def print_at(groups, shift):
         last = er_report.over_runs([c["er"][-1] for c in curves])
         if len(curves) == 1:
             last += " [{:+.1f}, {:+.1f}]".format(*(100 * curves[0][x][-1] for x in ("lo", "hi")))
+        last += " *" * any(c["outside"][-1] for c in curves)
         at_home = 100 * np.mean([c["id"][-1] for c in curves])
         lines.append([name, *cells, f"{at_home:.1f}", last])
     header = ["run", *(f"ID {100 * a:g}" for a in AT), "last ID", "last ER [95 %]"]
-    title = f"ER on {shift} in points at equal ID accuracy; -: not passed"
+    title = f"ER on {shift} in points at equal ID accuracy; -: not passed; *: extrapolated"
+    print("\n" + common.table(header, lines, title))
+    differences(groups, shift)
+
+
+def differences(groups, shift):
+    """The same less the first row's: runs of one seed in pairs, interval of the mean over pairs."""
+    by_seed = {
+        name: {rows[0]["seed"]: er_report.curve(rows, shift) for rows in runs.values()}
+        for name, runs in groups.items()
+    }
+    (first, base), *others = by_seed.items()
+    lines = []
+    for name, own in others:
+        pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+        if pairs:
+            gaps = [[er_report.at_accuracy(c, a) for c in pair] for a in AT for pair in pairs]
+            gaps = np.diff(np.array(gaps)).reshape(len(AT), len(pairs))
+            last = [x["er"][-1] - y["er"][-1] for x, y in pairs]
+            lines.append([name, *map(er_report.over_runs, -gaps), er_report.over_runs(last)])
+    if not lines:
+        return
+    header = [f"less {first}", *(f"ID {100 * a:g}" for a in AT), "last"]
+    title = f"differences in ER on {shift}, runs of one seed in pairs [95 % over runs]"
     print("\n" + common.table(header, lines, title))
 
 

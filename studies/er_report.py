@@ -29,15 +29,15 @@ STORY = {
 def curve(rows, shift):
     """Arrays over the checkpoints of one run: step, epoch, id, val, ood, er, lo, hi, a, b, alone.
 
-    a, b: ER on the two halves of the OOD images (E5). "mean" averages the shifts. Everything comes
-    from counts and beta as saved; lo and hi are the saved interval.
+    a, b: ER on the two halves of the images, ID and OOD (E5). "mean" averages the shifts.
+    Everything comes from counts and beta as saved; lo and hi are the saved interval.
     """
     shifts = [s for s in dict.fromkeys(r["shift"] for r in rows) if s != "mean"]
     parts = []
     for s in shifts if shift == "mean" else [shift]:
         own = sorted((r for r in rows if r["shift"] == s), key=lambda r: r["step"])
         counts = [c for c in trajectories.COLUMNS if c.startswith(("k_", "n_"))]
-        names = "step", "epoch", "beta", *counts
+        names = "step", "epoch", "beta", "beta_half", "beta_rest", *counts
         c = {name: np.array([r[name] for r in own]) for name in names}
         rest = (c["k_ood"] - c["k_half"]) / (c["n_ood"] - c["n_half"])
         ood = c["k_ood"] / c["n_ood"]
@@ -46,14 +46,15 @@ def curve(rows, shift):
             "val": c["k_val"] / np.maximum(c["n_val"], 1),
             "ood": ood,
         }
-        part |= {"er": ood - c["beta"], "a": c["k_half"] / c["n_half"] - c["beta"]}
-        part |= {"b": rest - c["beta"], "step": c["step"], "epoch": c["epoch"]}
+        part |= {"er": ood - c["beta"], "a": c["k_half"] / c["n_half"] - c["beta_half"]}
+        part |= {"b": rest - c["beta_rest"], "step": c["step"], "epoch": c["epoch"]}
         parts.append(part | {"k_nobody": c["k_nobody"], "n_nobody": c["n_nobody"]})
     of_shift = sorted((r for r in rows if r["shift"] == shift), key=lambda r: r["step"])
     out = {name: np.mean([p[name] for p in parts], 0) for name in parts[0]}
     k, n = (np.sum([p[x] for p in parts], 0) for x in ("k_nobody", "n_nobody"))
     out["alone"] = k / np.maximum(n, 1)
-    return out | {x: np.array([r[f"er_{x}"] for r in of_shift]) for x in ("lo", "hi")}
+    out |= {x: np.array([r[f"er_{x}"] for r in of_shift]) for x in ("lo", "hi")}
+    return out | {"outside": np.array([r["extrapolated"] for r in of_shift])}
 
 
 def at_accuracy(c, accuracy):
@@ -85,10 +86,10 @@ def summarise(rows, shift, accuracies=(0.8, 0.9, 0.94)):
     out |= {f"free_{k}": np.mean([c[k][i] for _, i in picks]) for k in ("id", "epoch")}
     out |= {"max_id": c["id"][top], "max_epoch": c["epoch"][top]}
     out |= {"last": c["er"][-1], "last_lo": c["lo"][-1], "last_hi": c["hi"][-1]}
-    last = max(rows, key=lambda r: r["step"])
+    last = max((r for r in rows if r["shift"] == shift), key=lambda r: r["step"])
     low, high = er_study.clopper_pearson(last["k_id"], last["n_id"])
     out |= {"last_id": c["id"][-1], "last_id_lo": low, "last_id_hi": high}
-    out["best_val"] = c["er"][best]
+    out |= {"best_val": c["er"][best], "outside": c["outside"][0], "last_outside": c["outside"][-1]}
     return out | {f"at {a:g}": at_accuracy(c, a) for a in accuracies}
 
 
@@ -140,7 +141,7 @@ def signed(points):
 def print_runs(groups, shift):
     """Table of ER through fine-tuning, mean over seeds. Intervals are those of images and testbed,
     averaged over seeds; of "rise" and "fall", from start to the largest ER and on to the end, both
-    free of selection, those over runs.
+    free of selection, those over runs. *: at the start, or the end, the line is extrapolated (E3).
     """
     lines = []
     for name, runs in groups.items():
@@ -148,21 +149,22 @@ def print_runs(groups, shift):
         mean = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
         spread = f" sd {100 * np.std([x['last'] for x in s], ddof=1):.1f}" if len(s) > 1 else ""
         say = "{:+.1f} [{:+.1f}, {:+.1f}]".format
-        cells = [say(*(mean[k] for k in ("start", "start_lo", "start_hi")))]
+        star, end = (" *" * bool(mean[k]) for k in ("outside", "last_outside"))
+        cells = [say(*(mean[k] for k in ("start", "start_lo", "start_hi"))) + star]
         cells += [signed(mean[k]) for k in ("max", "max_median", "max_free")]
         cells += [f"{mean['free_id']:.1f} / {mean['free_epoch'] / 100:.2g}"]
-        cells += [over_runs([x[k] for x in s]) for k in ("rise", "fall")]
+        cells += [over_runs([x[k] for x in s]) + m for k, m in (("rise", star), ("fall", end))]
         cells += [
             "{:.1f} [{:.1f}, {:.1f}]".format(*(mean[f"last_id{x}"] for x in ("", "_lo", "_hi")))
         ]
-        cells += [say(*(mean[k] for k in ("last", "last_lo", "last_hi"))) + spread]
+        cells += [say(*(mean[k] for k in ("last", "last_lo", "last_hi"))) + end + spread]
         cells += [signed(mean[k]) for k in ("best_val", *(k for k in mean if k.startswith("at ")))]
         lines.append([name, *cells])
     header = ["ER in points", "start [95 %]", "max", "of medians", "unbiased", "at ID / epoch"]
     header += ["rise", "fall"]
     header += ["last ID [95 %]", "last ER [95 %]", "best val", "at ID 80", "90", "94"]
     every = "all shifts, those without a line too" if shift == "mean" else shift
-    title = f"effective robustness on {every}; -: that ID accuracy is not passed"
+    title = f"effective robustness on {every}; -: that ID accuracy is not passed; *: extrapolated"
     print("\n" + common.table(header, lines, title))
 
 
