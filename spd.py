@@ -13,6 +13,7 @@ the radius that it had before the step.
               Eq. 4   the projection             project
               Eq. 9   deviation ratio r_t        deviation_ratio
               Alg. 1, 2                          AdamSPD
+              (extension) other optimisers       hold
     Sec. 4    image classification               main
 
     python spd.py                   # embedded digits, 3 minutes; SPD: ID 94, shifts 70
