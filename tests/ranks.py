@@ -14,12 +14,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import test_er_study
+
 import carot
 import common
 import spd
 import vrf
+from data import trajectories
 
 TINY = "--model tiny_clip --pretrained random --batch 8 --warmup 2 --device cpu --epochs 1".split()
+CAROT = "--methods FLYP,CaRot --micro-batch 3".split()
 SPD = "--jobs 1 --methods Adam-SPD --spd-lambda 1 --drop-path 0".split()  # masks are random
 STEPS = 20
 
@@ -111,10 +115,10 @@ def distances():
 
 def tables(tree, out):
     """Result rows of three scripts' mains."""
-    words = ["--data", str(tree), *TINY]
+    words = ["--data", str(tree), *TINY, "--skip-bad-images"]
     return {
         "vrf": vrf.main([*words, "--methods", "LC,E2E-FT", "--out", f"{out}/vrf"]),
-        "carot": carot.main([*words, "--methods", "FLYP,CaRot", "--out", f"{out}/carot"]),
+        "carot": carot.main([*words, *CAROT, "--out", f"{out}/carot"]),
         "spd": spd.main([*words, *SPD, "--out", f"{out}/spd"]),
     }
 
@@ -145,6 +149,11 @@ def sharded(anchor):
     return found
 
 
+def trajectory(out):
+    """Rows of a fine-tuning followed by er_study.py."""
+    return trajectories.read(test_er_study.follow(test_er_study.make_world(out / "er")), 2)
+
+
 def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -157,6 +166,7 @@ def compute(tree, out):
         "distances": distances(),
         "sharded": sharded("pretrained") + sharded("zero"),
         "tables": tables(tree, out),
+        "trajectory": trajectory(Path(out)),
     }
 
 

@@ -348,9 +348,12 @@ def small(split, n):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(out):
     """A few digits with two shifts, the tiny CLIP, and a testbed of eight on them."""
-    words = "--epochs 2 --batch 16 --warmup 2 --draws 50 --device cpu --out".split()
-    words.append(str(tmp_path_factory.mktemp("world")))
+    words = "--epochs 2 --batch 16 --warmup 2 --draws 50 --device cpu --out".split() + [str(out)]
     config, data = common.begin(er_study.Config, words, "", er_study.PRESETS)
     data.train, data.val, data.test = (small(s, 48) for s in (data.train, data.val, data.test))
     data.shifts = [small(s, 60) for s in data.shifts[:2]]

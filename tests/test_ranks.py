@@ -27,10 +27,13 @@ def torchrun(*words, **options):
 def runs(tmp_path_factory):
     """(one process's results, [of rank 0, of rank 1], folder of the two).
 
-    81 images in batches of 8: rank 0 has no part of the last.
+    81 images in batches of 8: rank 0 has no part of the last. One more, in training and under
+    shift, cannot be read and is skipped.
     """
     tree, out = make_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("two")
     shutil.copy(tree / "train/hue_0/0.jpg", tree / "train/hue_0/more.jpg")
+    for name in ("train/hue_1", "noisy/hue_1"):
+        (tree / name / "bad.jpg").write_bytes((tree / name / "0.jpg").read_bytes()[:200])
     log = open(out / "log", "w")
     job = torchrun("tests/ranks.py", tree, out, stdout=log, stderr=subprocess.STDOUT)
     alone = tmp_path_factory.mktemp("one")
@@ -104,10 +107,20 @@ def test_two_processes_train_the_weights_that_one_trains(runs, script):
         assert torch.cat(gaps).double().mean() < 0.01 * a["lr"] * a["steps"], path.name
 
 
+def test_a_trajectory_is_followed_alike_and_written_once(runs):
+    one, two, _ = runs
+    assert two[0]["trajectory"] == two[1]["trajectory"] and len(one["trajectory"]) > 6
+    for a, b in zip(one["trajectory"], two[0]["trajectory"], strict=True):
+        assert [a[k] for k in ("run", "step", "shift")] == [b[k] for k in ("run", "step", "shift")]
+        if a["shift"] != "mean":  # near-ties may fall the other way after rounding
+            assert all(abs(a[k] - b[k]) <= 1 for k in ("k_id", "k_val", "k_ood"))
+
+
 def test_rank_0_alone_prints_and_writes(runs):
     _, _, out = runs
     log = (out / "log").read_text()
     assert log.count("2 processes") == 1 and log.count("results: ") == 3
+    assert "noisy: 1 of 31 images are unreadable" in log
     for script in ("vrf", "carot", "spd"):
         lines = (out / script / "results.jsonl").read_text().splitlines()
         assert len(lines) == len(runs[0]["tables"][script])
