@@ -509,36 +509,32 @@ def by_bin(row, split, bins=10):
 
 def ece_gain(rows, method, base, draws=1000):
     """ECE of `method` less that of `base` on ID and in the mean over shifts, each with its 95 %
-    interval, as common.gain has it of the accuracy. Resampling raises an ECE, a small one more, so
-    that the draws are moved to have the table's difference as their mean.
+    interval over runs and images (common.interval); the images' variance is a bootstrap's.
     """
     pairs = [[r for r in rows if r["method"] == m] for m in (method, base)]
     pairs, rng = list(zip(*pairs, strict=True)), np.random.default_rng(0)
-    seeds = rng.integers(len(pairs), size=(draws, len(pairs)))
-    point, drawn = {}, {}
+    means, variance = {}, {}
     for s in rows[0]["right"]:
-        n, parts = len(rows[0]["right"][s]), []
+        n, drawn = len(rows[0]["right"][s]), []
         tables = [[by_bin(r, s) for r in pair] for pair in pairs]
 
-        def difference(weights, tables=tables, n=n):  # [draws, N] -> [draws, seeds]
+        def differences(weights, tables=tables, n=n):  # [draws, N] -> [draws, runs]
             e = [[np.abs(weights @ t).sum(1) / n for t in pair] for pair in tables]
             return np.stack([a - b for a, b in e], 1)
 
-        point[s] = difference(np.ones((1, n))).mean()
+        means[s] = differences(np.ones((1, n)))[0]
         for _ in range(0, draws, 100):  # 50,000 images: 40 MB
-            parts.append(difference(rng.multinomial(n, np.full(n, 1 / n), size=100)))
-        drawn[s] = np.take_along_axis(np.concatenate(parts), seeds, 1).mean(1)
-    first, *shifts = point
+            drawn.append(differences(rng.multinomial(n, np.full(n, 1 / n), size=100)).mean(1))
+        variance[s] = np.concatenate(drawn).var()
+    first, *shifts = means
 
-    def interval(splits):
+    def over(splits):
         if not splits:
             return math.nan, math.nan, math.nan
-        middle = float(np.mean([point[s] for s in splits]))
-        draw = np.mean([drawn[s] for s in splits], 0)
-        low, high = np.quantile(draw - draw.mean() + middle, [0.025, 0.975])
-        return middle, float(low), float(high)
+        of_images = sum(variance[s] for s in splits) / len(splits) ** 2
+        return common.interval(np.mean([means[s] for s in splits], 0), of_images)
 
-    return interval([first]), interval(shifts)
+    return over([first]), over(shifts)
 
 
 def measure_table(rows, name, title):
@@ -656,7 +652,7 @@ def summary(rows):
     (_, a), (_, e) = common.gain(rows, "CaRot", "ZS"), ece_gain(rows, "CaRot", "ZS")
     print(f"3. Under shift, CaRot less zero-shot: {say(*a)} points, ECE {fine(*e)}. In")
     print("   the paper (ViT-B/16) CaRot is the more accurate, zero-shot the better calibrated.")
-    print("(95 % intervals: runs and images resampled, the sets fixed.)")
+    print(f"(95 % intervals over {common.sampled(rows)}, the sets fixed.)")
 
 
 # --- main -----------------------------------------------------------------------------------------

@@ -750,7 +750,7 @@ def summary(rows):
         return
     own, shift = common.gain(rows, "AdamW", "Zero-shot")
     print(f"\n1. AdamW less zero-shot: {say(*own)} points on ID, {say(*shift)} in the mean under")
-    print("   shift (95 % intervals, runs and images resampled).")
+    print(f"   shift (95 % intervals over {common.sampled(rows)}).")
     own, shift = common.gain(rows, ours, "AdamW")
     print(f"2. Adam-SPD, its strength chosen on ID val, less AdamW: {say(*own)} on ID,")
     print(f"   {say(*shift)} under shift.")

@@ -497,7 +497,7 @@ def summary(rows, method):
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
     own, shift = common.gain(rows, f"{method} +VRF", f"{method} +OSE")
     print(f"2. VRF less OSE, both chosen as above: {say(*own)} points on ID, {say(*shift)} in the")
-    print("   mean under shift (95 % intervals, runs and images resampled).")
+    print(f"   mean under shift (95 % intervals over {common.sampled(rows)}).")
     _, calibrated = common.gain(rows, f"{method} +VRF", f"{method} +OSE calibrated")
     _, weights = common.gain(rows, f"{method} +VRF", f"{method} +WSE")
     print(f"3. Under shift, VRF less OSE of the same calibrated models is {say(*calibrated)}:")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import logit
-from scipy.stats import t as student
 
 import common
 import er_study
@@ -117,18 +116,9 @@ def print_lines(testbed, found, redraws=None):
     print("\n" + common.table(header, rows, title))
 
 
-def mean_interval(values):
-    """Mean of runs, its 95 % interval by Student's t (nan for less than two).  [R] -> 3 numbers"""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return values.mean(), math.nan, math.nan
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return values.mean(), values.mean() - half, values.mean() + half
-
-
 def over_runs(shares):
     """'+3.1 [+2.0, +4.2]' in points, '+3.1' of one run, '-' if a run has none."""
-    mean, low, high = (100 * x for x in mean_interval(shares))
+    mean, low, high = (100 * x for x in common.interval(shares))
     if math.isnan(mean) or math.isnan(low):
         return signed(mean)
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -3,7 +3,8 @@
     python tests/faults.py                          # 20 kills a script, then each fault: 10 minutes
     python tests/faults.py --kills 3 --script vrf --faults none
 
-The runs are small: a few hundred of the embedded digits, two epochs. A run is a process forked from
+The runs are small: a few hundred of the embedded digits, two epochs, no pool (whose processes would
+have all the digits). A run is a process forked from
 this one, which has imported everything: a start costs a tenth of a second. `kill -9` goes to the
 whole process group once the run has used a given share of the CPU time that an undisturbed one
 takes, so that the moments spread over the run on a busy machine, too. The same command follows, in
@@ -41,7 +42,7 @@ BRIEF = "--epochs 2 --batch 32 --warmup 2 --device cpu".split()
 COMMANDS = {
     "vrf": (vrf, [*BRIEF, "--epochs", "5", "--methods", "E2E-FT", "--ensemble", "E2E-FT"]),
     "carot": (carot, [*BRIEF, "--methods", "FT,CaRot", "--ema-every", "3"]),
-    "spd": (spd, [*BRIEF, "--methods", "AdamW,Adam-SPD", "--spd-lambda", "1"]),
+    "spd": (spd, [*BRIEF, "--jobs", "1", "--methods", "AdamW,Adam-SPD", "--spd-lambda", "1"]),
     "er_study": (
         er_study,
         [*BRIEF, "--quick", "--jobs", "1", "--draws", "50", "--kinds", "zero-shot,head-only"],

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -705,7 +706,32 @@ def test_gain_averages_seeds_and_keeps_id_and_shifts_apart():
         rows += [{"method": "b", "seed": seed, "right": base}]
     identity, shift = common.gain(rows, "a", "b")
     assert identity[0] == -50 and shift[0] == 75
-    assert identity[1:] == (-100, 0) and shift[1] < 75 < shift[2] == 100
+    # by hand, ID: both runs gain 0 and -100 on the two images; shift: 100, 100 and 100, 0
+    images, runs = (0.5 * 100**2) / 2, (0.5 * 50**2) / 2
+    assert (identity[2] - identity[1]) / 2 == pytest.approx(1.959964 * images**0.5)
+    of_shift = (0.5 * 50**2) / 2
+    freedom = ((runs + of_shift) / runs) ** 2
+    half = scipy.stats.t.ppf(0.975, freedom) * (runs + of_shift) ** 0.5
+    assert shift[1:] == pytest.approx((75 - half, 75 + half))
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+def test_the_interval_covers_the_truth_of_other_runs_and_images_19_times_of_20(runs, share):
+    """A share of the variance is the images', which all runs share, the rest the runs' own."""
+    rng, inside, n = np.random.default_rng(0), 0, 4000
+    for _ in range(n):
+        own = rng.normal(0, (1 - share) ** 0.5, runs) + rng.normal(0, (share / runs) ** 0.5)
+        _, low, high = common.interval(own, share / runs)
+        inside += low <= 0 <= high
+    assert 0.92 <= inside / n <= 0.985
+
+
+def test_one_runs_interval_is_over_images_and_the_words_say_so():
+    assert common.interval([2.0], 4.0) == pytest.approx((2, 2 - 3.919928, 2 + 3.919928))
+    assert common.interval([2.0, 2.0], 0.0) == (2, 2, 2)
+    assert common.sampled([{"seed": 0}, {"seed": 0}]) == "images of one run"
+    assert common.sampled([{"seed": 0}, {"seed": 1}]) == "runs and images"
 
 
 def test_seeds_that_disagree_widen_the_interval():

@@ -609,9 +609,9 @@ def test_a_bump_is_found_where_it_is():
 
 
 def test_the_interval_over_runs_is_students_and_one_run_has_none():
-    mean, low, high = er_report.mean_interval([1.0, 2.0, 3.0])
+    mean, low, high = common.interval([1.0, 2.0, 3.0])
     assert (mean, high - mean) == pytest.approx((2, 4.302653 / 3**0.5)) and low + high == 4
-    assert np.isnan(er_report.mean_interval([1.0])[1:]).all()
+    assert np.isnan(common.interval([1.0])[1:]).all()
     assert er_report.over_runs([0.01, 0.02, 0.03]) == "+2.0 [-0.5, +4.5]"
     assert er_report.over_runs([0.01]) == "+1.0" and er_report.over_runs([np.nan, 0.1]) == "-"
 
@@ -679,7 +679,7 @@ def test_runs_are_averaged_as_accuracies_with_the_interval_of_their_mean(capsys)
     ends = [er_report.curve(rows, "away")["er"][-1] for rows in groups["x"].values()]
     er_axes.print_at(groups, "away")
     assert er_report.over_runs(ends) in capsys.readouterr().out
-    assert er_report.mean_interval(ends)[0] == pytest.approx(np.mean(ends))
+    assert common.interval(ends)[0] == pytest.approx(np.mean(ends))
 
 
 def test_axes_of_id_accuracy_are_logits_of_round_percent_shaded_where_extrapolated():
