@@ -386,7 +386,9 @@ def prepare(argv=None):
 
     config, data = common.begin(Config, argv, __doc__, PRESETS)
     if config.quick:
-        config.lr, config.epochs, config.epochs_random = "2e-4", 2, 1
+        for name, value in {"lr": "2e-4", "epochs": 2, "epochs_random": 1}.items():
+            if name not in config.given:
+                setattr(config, name, value)
     clip, zero_shot = common.zero_shot(config, data)
     testbed = scratch.testbed(config, data, config.quick)
     bench = make_bench(config, testbed, *in_memory(data, clip))

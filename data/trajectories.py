@@ -25,17 +25,25 @@ TEXT = ("run", "model", "init", "shift")
 
 
 def append(path, rows):
-    """Rows to a trajectory file, on disk before this returns; of several processes one writes."""
+    """Rows to a trajectory file, on disk before this returns; of several processes one writes. What
+    another run in the same folder has written meanwhile is not written again.
+    """
+    import fcntl
+
     if common.rank():
         return
-    text = io.StringIO()
+    text, names = io.StringIO(), ("run", "step", "shift")
     out = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or not path.stat().st_size:
-            out.writeheader()
-        out.writerows(rows)
-        common.append(path, text.getvalue())
+        with open(path, "a+", newline="", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # freed by the system if this process is killed
+            file.seek(0)
+            there = [tuple(r.get(n) for n in names) for r in csv.DictReader(file)]
+            if not path.stat().st_size:
+                out.writeheader()
+            out.writerows(r for r in rows if tuple(str(r[n]) for n in names) not in there)
+            common.append(path, text.getvalue())
     except OSError as error:  # these files are the result: nothing to go on for without them
         raise common.InputError(
             f"{path} cannot be written ({error.strerror or error}); the same command continues"

@@ -261,8 +261,11 @@ def full_disk(script, folder, whole):
 
 
 def unwritten(script, code, said):
-    """A script goes on without its files; er_study.py, whose result is a file, stops."""
-    ok = (code == 2 if script == "er_study" else code == 0) and "Traceback" not in said
+    """A script goes on without its files; er_study.py stops without its trajectories, which are
+    its result.
+    """
+    stops = script == "er_study" and "trajectories" in sentence(said)
+    ok = code == (2 if stops else 0) and "Traceback" not in said
     lines = [x for x in said.splitlines() if "cannot be written" in x or "could not write" in x]
     words = "stops in one sentence" if code == 2 else f"{len(lines)} files named, table complete"
     return ok and bool(lines), words if ok else f"exit code {code}: {sentence(said)[:90]}"

@@ -657,6 +657,23 @@ def test_differences_are_of_runs_of_one_seed_in_pairs(capsys):
     assert "less x" not in capsys.readouterr().out
 
 
+def test_two_runs_in_one_folder_write_each_evaluation_once(tmp_path):
+    path, rows = tmp_path / "x.csv", simulated(0.1)
+    for part in (rows[:3], rows[:4], rows[2:], rows):
+        trajectories.append(path, part)
+    assert [r["step"] for r in trajectories.read(path)] == [r["step"] for r in rows]
+    assert path.read_text().count("run,model") == 1
+
+
+def test_quick_leaves_what_the_user_gave(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "zero_shot", lambda config, data: seen.append(config) or 1 / 0)
+    for words in ([], ["--lr", "0.5", "--epochs", "7"]):
+        with pytest.raises(ZeroDivisionError):
+            er_study.prepare(["--quick", *words, "--out", str(tmp_path)])
+    assert [(c.lr, c.epochs, c.epochs_random) for c in seen] == [("2e-4", 2, 1), ("0.5", 7, 1)]
+
+
 def test_a_file_of_an_older_version_is_named_and_trained_again(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("run,step,shift,extrapolated\nx,0,away,0\n")
