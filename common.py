@@ -1516,8 +1516,9 @@ def save_figure(figure, path, header, rows):
 # The C++ and CUDA sources, their build and the checks of their arguments: csrc/.
 
 
-def kernels(work=math.inf):
+def kernels(work=math.inf, agree=True):
     """The compiled kernels, built at first use; None where they cannot be had, which is printed.
+    Of several processes all have them or none, else they would round apart; agree=False asks none.
 
     `work`: the multiply-adds that they would do. Below 1e11, a few seconds of PyTorch on two cores,
     a first run would wait longer for the build (about 15 s) than it gains: None, nothing built.
@@ -1528,4 +1529,4 @@ def kernels(work=math.inf):
     from csrc import build
 
     found = build.load()
-    return found if everywhere(found is not None) else None  # else the ranks would round apart
+    return found if not agree or everywhere(found is not None) else None

@@ -34,21 +34,22 @@ S5  open_clip's towers have no drop-path; it is put in at their residual branche
 """
 
 import copy
+import ctypes
 import functools
 import hashlib
 import math
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from statistics import fmean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 try:
     import common
     from common import arg
-except ModuleNotFoundError:  # lifted out: AdamSPD asks for nothing here
+except ImportError:  # lifted out: AdamSPD asks for nothing here
     common = None
 
     def arg(default, *_, **__):
@@ -173,8 +174,10 @@ def adam(start, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, max_sq=None):
     second = exp_avg_sq if max_sq is None else max_sq
     denominator = (second.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
     size = lr / (1 - betas[0] ** step)
-    if isinstance(size, torch.Tensor):
-        return start - size.to(start.dtype) * (exp_avg / denominator)
+    if isinstance(size, torch.Tensor):  # half precision would round it
+        wide = torch.promote_types(start.dtype, torch.float32)
+        update = size.to(wide) * (exp_avg / denominator).to(wide)
+        return (start.to(wide) - update).to(start.dtype)
     return start.addcdiv(exp_avg, denominator, value=-size)
 
 
@@ -197,10 +200,11 @@ class AdamSPD(torch.optim.Optimizer):
     fused        None: the compiled kernel where it can be had and the tensors of a step are a
                  million elements or more, since for less its build would not pay; True: insist;
                  False: never.
-    foreach      torch's operations on whole lists: fewer launches for 16 more bytes a parameter.
+    foreach      torch's operations on whole lists: fewer launches for 20 more bytes a parameter.
                  None: on a GPU without the kernel; True: insist; False: never.
     capturable   step counts live on the device, so that a CUDA graph can hold the step.
-    master       fp16 and bf16 weights have an fp32 copy, which is what the steps change.
+    master       fp16 and bf16 weights have an fp32 copy, which is what the steps change: whoever
+                 sets such weights from outside makes a new optimiser.
     anchor_dtype storage of "pretrained" anchors, such as torch.bfloat16; None: the weights'. The
                  loop widens one at a time, the kernel and foreach all at once.
     save_anchors False leaves them out of the state dict; loading then checks, by hash, that the
@@ -208,7 +212,8 @@ class AdamSPD(torch.optim.Optimizer):
     stats        keep c_t, r_t and gamma_{t-1} of the last step in state[p]["spd"], [3] fp64.
     """
 
-    OWN = ("fused", "foreach", "capturable", "master", "anchor_dtype", "save_anchors", "stats")
+    OWN = ("fused", "foreach", "capturable", "master", "anchor_dtype", "save_anchors", "stats",
+           "_anchors")  # fmt: skip
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, spd_lambda=1.0,
                  anchor="pretrained", rule="spd", weight_decay=0.0, amsgrad=False, maximize=False,
@@ -220,31 +225,47 @@ class AdamSPD(torch.optim.Optimizer):
             raise ValueError(f"AdamSPD: anchor_dtype must be a floating type, got {anchor_dtype}")
         self.fused, self.foreach, self.capturable, self.master = fused, foreach, capturable, master
         self.anchor_dtype, self.save_anchors, self.stats = anchor_dtype, save_anchors, stats
+        self._anchors = {}  # of parameters that no step has changed yet; then in their state
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, spd_lambda=spd_lambda, anchor=anchor)
         defaults |= dict(rule=rule, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
         super().__init__(params, defaults)
 
     def add_param_group(self, group):
+        self._check({**self.defaults, **group})
         super().add_param_group(group)
         group = self.param_groups[-1]
-        for name, known in (("anchor", ANCHORS), ("rule", RULES)):
-            if group[name] not in known:
-                known = ", ".join(map(repr, known))
-                raise ValueError(f"AdamSPD: {name} must be one of {known}, got {group[name]!r}")
-        for name in ("lr", "eps", "spd_lambda", "weight_decay"):
-            if not 0 <= group[name] < math.inf:
-                raise ValueError(f"AdamSPD: {name} must be 0 or more and finite, got {group[name]}")
-        if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
-            raise ValueError(f"AdamSPD: betas must be two from 0 to below 1, got {group['betas']}")
-        if group["rule"] == "spd" and 0 < group["spd_lambda"] <= 0.1:  # Differs (S1)
-            message = f"spd_lambda {group['spd_lambda']} is next to none; it is no weight decay"
-            warnings.warn(f"AdamSPD: {message}: try 1", stacklevel=3)
+        if any(p.is_complex() for p in group["params"]):
+            self.param_groups.pop()
+            raise ValueError("AdamSPD: complex parameters are not supported")
         for param in group["params"]:
-            if param.is_complex():
-                raise ValueError("AdamSPD: complex parameters are not supported")
-            if group["anchor"] == "pretrained":
-                dtype = self.anchor_dtype or param.dtype
-                self.state[param]["anchor"] = param.detach().to(dtype, copy=True)
+            if group["anchor"] == "pretrained" and param.requires_grad:
+                self._capture(param)
+
+    def _check(self, options):
+        for name, known in (("anchor", ANCHORS), ("rule", RULES)):
+            if options[name] not in known:
+                known = ", ".join(map(repr, known))
+                raise ValueError(f"AdamSPD: {name} must be one of {known}, got {options[name]!r}")
+        if isinstance(options["lr"], torch.Tensor) and options["lr"].dim():
+            raise ValueError(f"AdamSPD: a tensor lr has no dimension, got {options['lr'].shape}")
+        for name in ("lr", "eps", "spd_lambda", "weight_decay"):
+            value = options[name]
+            if not 0 <= value < math.inf:
+                raise ValueError(f"AdamSPD: {name} must be 0 or more and finite, got {value}")
+        betas = options["betas"]
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"AdamSPD: betas must be two from 0 to below 1, got {betas}")
+        if options["rule"] == "spd" and 0 < options["spd_lambda"] <= 0.1:  # Differs (S1)
+            message = f"spd_lambda {options['spd_lambda']} is next to none; it is no weight decay"
+            warnings.warn(f"AdamSPD: {message}: try 1", stacklevel=5)
+
+    def _capture(self, param):
+        dtype = self.anchor_dtype or param.dtype
+        self._anchors[param] = param.detach().to(dtype, copy=True)
+
+    def anchor_of(self, param):
+        """theta_0 of a parameter, as stored; None for the zero anchor and "none"."""
+        return self.state.get(param, {}).get("anchor", self._anchors.get(param))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -253,27 +274,45 @@ class AdamSPD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            raise ValueError("AdamSPD: sparse gradients are not supported, use dense ones")
         for group in self.param_groups:
             batches = {}  # tensors that one call can take together
             for param in group["params"]:
-                if param.grad is None:
+                if param.grad is None or param.numel() == 0:
                     continue
-                if param.grad.is_sparse:
-                    raise ValueError("AdamSPD: sparse gradients are not supported, use dense ones")
-                state = self.state[param]
-                if self._dtype(param) != param.dtype and "master" not in state:
-                    state["master"] = param.detach().to(self._dtype(param))
-                if "step" not in state:
-                    weight = state.get("master", param)
-                    state["step"] = torch.zeros((), device=param.device) if self.capturable else 0
-                    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
-                        state[name] = torch.zeros_like(weight)
+                state = self._ready(param, group)
                 state["step"] += 1
                 key = param.device, param.dtype, id(state) if self.capturable else state["step"]
                 batches.setdefault(key, []).append(param)
             for params in batches.values():
                 self._step(params, group)
         return loss
+
+    def _ready(self, param, group):
+        """State of a parameter that has a gradient: made at its first step, on its device."""
+        state, pretrained = self.state[param], group["anchor"] == "pretrained"
+        if "step" not in state and pretrained and "anchor" not in state:
+            if param not in self._anchors:
+                self._capture(param)  # frozen until now
+            state["anchor"] = self._anchors.pop(param)
+        if pretrained and "anchor" not in state:
+            raise ValueError(
+                "AdamSPD: anchor 'pretrained' of a parameter that was stepped without one: its"
+                " pre-trained weights are gone; make the optimiser of the pre-trained weights"
+            )
+        if pretrained and state["anchor"].device != param.device:  # the model was moved
+            state["anchor"] = state["anchor"].to(param.device)
+        if self._dtype(param) != param.dtype and "master" not in state:
+            state["master"] = param.detach().to(self._dtype(param))
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(state.get("master", param))
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=param.device) if self.capturable else 0
+        return state
 
     def _dtype(self, param):
         """Of the weights that the steps change, and of the moments."""
@@ -285,11 +324,11 @@ class AdamSPD(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         weights = [s.get("master", p) for s, p in zip(states, params, strict=True)]
         grads, anchors = [p.grad for p in params], [s.get("anchor") for s in states]
-        kernels = self._kernels(weights, grads, group)
+        kernels = self._kernels(states, weights, grads, group)
         lists = not kernels and self._lists(weights, group)
         if kernels or lists:
             dtype = weights[0].dtype
-            grads = [grad.to(dtype) for grad in grads]
+            grads = [grad.to(dtype).resolve_neg() for grad in grads]
             anchors = [anchor if anchor is None else anchor.to(dtype) for anchor in anchors]
         if kernels:
             self._fused_step(kernels, states, weights, grads, anchors, group)
@@ -306,7 +345,10 @@ class AdamSPD(torch.optim.Optimizer):
         free = group["anchor"] == "none"
         for state, before, raw, anchor in zip(states, weights, grads, anchors, strict=True):
             raw = grad = (-raw if group["maximize"] else raw).to(before.dtype)
-            anchor = before.new_zeros(()) if anchor is None else anchor.to(before.dtype)
+            if anchor is None:  # sharded weights need their own layout
+                sharded = hasattr(before, "placements")
+                anchor = torch.zeros_like(before) if sharded else before.new_zeros(())
+            anchor = anchor.to(before.dtype)
             if rule == "l2-sp coupled" and not free:
                 grad = l2_sp_gradient(grad, before, anchor, strength)
             start = before * (1 - lr * group["weight_decay"]) if group["weight_decay"] else before
@@ -381,7 +423,7 @@ class AdamSPD(torch.optim.Optimizer):
                 state["spd"] = row
         return ratio
 
-    def _kernels(self, weights, grads, group):
+    def _kernels(self, states, weights, grads, group):
         """The compiled kernels if they take these tensors and this group, else None."""
         if self.fused is False or self.foreach:
             return None
@@ -392,7 +434,9 @@ class AdamSPD(torch.optim.Optimizer):
         fits &= (dtype == torch.float32 and device in ("cpu", "cuda")) or (
             dtype == torch.float64 and device == "cpu"
         )
-        fits &= all(t.is_contiguous() for t in (*weights, *grads))
+        names = ("anchor", "exp_avg", "exp_avg_sq")
+        tensors = [*weights, *grads, *(s[n] for s in states for n in names if n in s)]
+        fits &= all(t.is_contiguous() for t in tensors)
         # sharded: its sums are of all processes' parts
         fits &= not any(hasattr(w, "placements") for w in weights)
         worth = self.fused or sum(w.numel() for w in weights) >= 1_000_000
@@ -410,14 +454,14 @@ class AdamSPD(torch.optim.Optimizer):
 
     def _fused_step(self, kernels, states, weights, grads, anchors, group):
         sums, options = None, [group[name] for name in ("lr", "betas", "eps")]
-        if self.stats:
+        strength = 0.0 if group["anchor"] == "none" else group["spd_lambda"]
+        if self.stats and group["anchor"] != "none":
             shape, device = (len(states), 3), weights[0].device
             sums = torch.zeros(shape, dtype=torch.float64, device=device)
-        strength = 0.0 if group["anchor"] == "none" else group["spd_lambda"]
         moments = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
         tensors = weights, anchors, grads, *moments
         kernels.spd_step(*tensors, states[0]["step"], *options, strength, sums)
-        if self.stats:
+        if sums is not None:
             self._ratio(states, *sums.unbind(1))
 
     def state_dict(self):
@@ -429,38 +473,64 @@ class AdamSPD(torch.optim.Optimizer):
                     saved["state"][i] = {**state, "anchor": fingerprint(state["anchor"])}
         return saved
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, state_dict):
         """torch's; anchors come from the file, or stay where the file has their hashes only.
 
-        Raises ValueError if a hash is of other weights: make the optimiser of the pre-trained model
-        first, load the fine-tuned one afterwards.
+        Raises ValueError if a hash is of other weights, or if the file has no anchors (torch's
+        Adam): make the optimiser of the pre-trained model first, then load the fine-tuned one.
         """
-        mine = {p: state["anchor"] for p, state in self.state.items() if "anchor" in state}
-        super().load_state_dict(saved)
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        theirs = state_dict["param_groups"]
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        groups = [mine | g for mine, g in zip(own, theirs, strict=False)]  # what the file lacks
+        groups += theirs[len(groups) :]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name, value in saved["state"].get(i, {}).items():  # torch gave all p's own type
-                dtype = self.anchor_dtype if name == "anchor" else None
-                dtype = dtype or (p.dtype if name == "anchor" else self._dtype(p))
-                if torch.is_tensor(value) and name != "step" and dtype != p.dtype:
-                    self.state[p][name] = value.to(p.device, dtype)
-            if self._dtype(p) == p.dtype:
-                self.state[p].pop("master", None)  # of a run that had one
-        for p, state in self.state.items():
+        ids = [(i, group) for group in groups for i in group["params"]]
+        kept, states = {p: self.anchor_of(p) for p in params}, dict(state_dict["state"])
+        for p, (i, group) in zip(params, ids, strict=False):  # of other sizes torch says so
+            states[i] = state = dict(states.get(i, {}))
             if isinstance(state.get("anchor"), int):
-                if p not in mine or fingerprint(mine[p]) != state["anchor"]:
+                if kept[p] is None or fingerprint(kept[p]) != state["anchor"]:
                     raise ValueError(
-                        "AdamSPD: the state dict is of other anchors; make the optimiser of the "
-                        "pre-trained weights, then load the state dict and the fine-tuned weights"
+                        "AdamSPD: the state dict is of other anchors (or anchor_dtype); make the "
+                        "optimiser of the pre-trained weights, then load the state dict and the "
+                        "fine-tuned weights"
                     )
-                state["anchor"] = mine[p]
+                state["anchor"] = kept[p]
+            elif group.get("anchor") == "pretrained" and "step" in state and "anchor" not in state:
+                raise ValueError(
+                    "AdamSPD: the state dict has no anchors, as of torch's Adam; load one of "
+                    "AdamSPD, or begin anew from the pre-trained weights"
+                )
+        super().load_state_dict({**state_dict, "state": states, "param_groups": groups})
+        for p, (i, _) in zip(params, ids, strict=True):
+            self._restore(p, states[i])
+            if "anchor" not in self.state[p] and kept[p] is not None:
+                self._anchors[p] = kept[p]
+            else:
+                self._anchors.pop(p, None)
+
+    def _restore(self, param, saved):
+        """State of a parameter in its own types: torch gives every tensor the parameter's."""
+        state, wide = self.state[param], self._dtype(param)
+        types = {"anchor": self.anchor_dtype or param.dtype, "spd": torch.float64}
+        for name, value in saved.items():
+            if name == "step":
+                state["step"] = int(value)
+                if self.capturable:
+                    state["step"] = torch.full((), float(value), device=param.device)
+            elif torch.is_tensor(value) and types.get(name, wide) != param.dtype:
+                state[name] = value.to(param.device, types.get(name, wide))
+        if wide == param.dtype:
+            state.pop("master", None)  # of a run that had one
 
     def __getstate__(self):  # of copy and pickle
         return super().__getstate__() | {name: getattr(self, name) for name in self.OWN}
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        for name in self.OWN:  # of a pickle from before these options
+            given = {"_anchors": {}, "save_anchors": True}.get(name)
+            self.__dict__.setdefault(name, given)
         for group in self.param_groups:  # of a file from before these options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -472,38 +542,70 @@ def dots(a, b):
 
 
 def hold(optimiser, spd_lambda=1.0, anchor="pretrained"):
-    """Extension: Eqs. (3), (4), (9) after each step of any torch optimiser; the paper has Adam's.
+    """Extension: Eqs. (3), (4), (9) around each step of any torch optimiser; the paper has Adam's.
 
-    Call it while the weights are the pre-trained ones, also when a run is resumed: the anchors are
-    not in the optimiser's state dict. "zero" as in AdamSPD. Returns a function that ends it.
+    Call it while the weights are the pre-trained ones, also when a run is resumed or an optimiser
+    copied: the anchors are neither in its state dict nor in its copies. "zero" as in AdamSPD. With
+    a closure g_t is the gradient of its first call. Returns a function that ends it.
 
         hold(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), spd_lambda=1.0)
     """
     if anchor not in ("pretrained", "zero"):
         raise ValueError(f"hold: anchor must be 'pretrained' or 'zero', got {anchor!r}")
-    params = [p for group in optimiser.param_groups for p in group["params"]]
-    anchors = {p: p.detach().clone() if anchor == "pretrained" else p.new_zeros(()) for p in params}
-    before = {}
+    if not 0 <= spd_lambda < math.inf:
+        raise ValueError(f"hold: spd_lambda must be 0 or more and finite, got {spd_lambda}")
+    anchors, before, grads = {}, {}, {}
 
-    def keep(*_):
-        before.update((p, p.detach().clone()) for p in params)
+    def each():
+        for group in optimiser.param_groups:
+            for p in group["params"]:
+                if p.is_complex():
+                    raise ValueError("hold: complex parameters are not supported")
+                if p not in anchors:
+                    zero = torch.zeros_like(p) if hasattr(p, "placements") else p.new_zeros(())
+                    anchors[p] = p.detach().clone() if anchor == "pretrained" else zero.detach()
+                yield p, group.get("maximize", False)
+
+    @torch.no_grad()
+    def remember():  # now: some optimisers write to p.grad
+        for p, maximize in each():
+            if p.grad is not None:
+                grads[p] = -p.grad if maximize else p.grad.clone()
+
+    def keep(_, args, kwargs):
+        grads.clear()
+        before.update((p, p.detach().clone()) for p, _ in each())
+        closure = kwargs.pop("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return remember()
+
+        def first():
+            loss = closure()
+            if not grads:
+                remember()
+            return loss
+
+        return (args[0], first, *args[2:]), kwargs
 
     @torch.no_grad()
     def pull_back(*_):
-        for p in params:
-            if p.grad is not None:
-                c = condition(p.grad, before[p], anchors[p])
-                r = deviation_ratio(before[p], p, anchors[p])
-                p.copy_(project(p, anchors[p], c, r, spd_lambda))
+        for p, grad in grads.items():
+            c = condition(grad, before[p], anchors[p])
+            r = deviation_ratio(before[p], p, anchors[p])
+            p.copy_(project(p, anchors[p], c, r, spd_lambda))
         before.clear()
+        grads.clear()
 
+    list(each())
     hooks = optimiser.register_step_pre_hook(keep), optimiser.register_step_post_hook(pull_back)
     return lambda: [hook.remove() for hook in hooks]
 
 
 def fingerprint(tensor):
     """60-bit hash of a tensor's bytes, an int: torch's loader would take a string apart."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    data = tensor.detach().cpu().contiguous()
+    data = ctypes.string_at(data.data_ptr(), data.nbytes) if data.numel() else b""
     return int(hashlib.sha256(data).hexdigest()[:15], 16)
 
 
@@ -524,8 +626,10 @@ def param_groups(model, special=None):
 
 
 def compiled():
-    """The kernels of this project; None where they cannot be built, or common.py is not here."""
-    return common.kernels() if common else None
+    """The kernels of this project; None where they cannot be built, or common.py is not here. Asks
+    no other process, whose steps may be of other tensors.
+    """
+    return common.kernels(agree=False) if common else None
 
 
 # --- train / prepare ------------------------------------------------------------------------------
@@ -551,8 +655,10 @@ def recipes(config):
 
     def spd(rule, strength):
         def make(model):
-            groups = param_groups(model, free)
-            return AdamSPD(groups, lr=config.lr, spd_lambda=strength, rule=rule)
+            groups, fused = param_groups(model, free), None
+            if common.world() > 1 and sum(p.numel() for p in model.parameters()) >= 1_000_000:
+                fused = None if common.kernels() else False  # the same way in all processes
+            return AdamSPD(groups, lr=config.lr, spd_lambda=strength, rule=rule, fused=fused)
 
         return make
 
@@ -697,7 +803,7 @@ def print_table(config, rows, chosen):
         mean = common.accuracies(own, method)
         numbers = [f"{x:.1f}" for x in (*mean.values(), common.mean_shift(mean))]
         picked = " ".join(dict.fromkeys(f"{r['choice']:g}" for r in own if r["choice"]))
-        lines.append([method, *numbers, f"{np.mean([total(r) for r in own]):.2f}", picked])
+        lines.append([method, *numbers, f"{fmean([total(r) for r in own]):.2f}", picked])
     runs = f"mean of {config.seeds} run{'s' * (config.seeds > 1)}"
     title = f"accuracy in %, {runs}; deviation ||theta_T - theta_0||; strength chosen on ID val"
     header = ["method", *splits, "avg shift", "deviation", "chosen"]
@@ -728,7 +834,7 @@ def figure(config, rows):
             left.plot(*zip(*points, strict=True), "o-", ms=4, color=colour, label=family)
         one = [r["layers"] for r in rows if r["method"] in (family, f"{family} 1", f"{family} 10")]
         if one and family != "Zero-shot":
-            layers = {n: np.mean([x[n] for x in one]) for n in one[0] if n.endswith("weight")}
+            layers = {n: fmean([x[n] for x in one]) for n in one[0] if n.endswith("weight")}
             name = next(n for n in (f"{family} 10", f"{family} 1", family) if n in names)
             right.plot(list(layers.values()), "o-", ms=3, color=colour, label=name)
             numbers += [("b", f"{name}: {n}", i, x) for i, (n, x) in enumerate(layers.items())]

@@ -264,7 +264,7 @@ def test_strengths_and_anchors_go_by_name():
     special = {"3.": {"anchor": "none", "lr": 0.0}, "0.weight": {"spd_lambda": 2.0}}
     groups = spd.param_groups(model, special)
     optimiser = spd.AdamSPD(groups, lr=1e-2)
-    found = {n: optimiser.state.get(p, {}).get("anchor") for n, p in model.named_parameters()}
+    found = {n: optimiser.anchor_of(p) for n, p in model.named_parameters()}
     assert [n for n, anchor in found.items() if anchor is None] == ["3.weight", "3.bias"]
     assert sorted(g["spd_lambda"] for g in optimiser.param_groups) == [1.0, 1.0, 2.0]
     head = model[3].weight.detach().clone()
@@ -289,7 +289,40 @@ def test_groups_of_other_libraries_and_plain_iterables_work():
     train(network(), spd.AdamSPD(network().parameters()), 1)
     late = spd.AdamSPD([model[0].weight])
     late.add_param_group({"params": [model[0].bias], "anchor": "zero"})
-    assert "anchor" in late.state[model[0].weight] and not late.state.get(model[0].bias)
+    assert torch.equal(late.anchor_of(model[0].weight), model[0].weight)
+    assert late.anchor_of(model[0].bias) is None
+
+
+def test_a_group_that_is_refused_is_not_added():
+    optimiser = spd.AdamSPD(network().parameters())
+    for wrong in ({"anchor": "zeros"}, {"lr": -1.0}, {"lr": torch.ones(1)}):
+        with pytest.raises(ValueError, match="must be|no dimension"):
+            optimiser.add_param_group({"params": network(1).parameters(), **wrong})
+    with pytest.raises(ValueError, match="complex"):
+        late = nn.Parameter(torch.zeros(2, dtype=torch.cfloat))
+        optimiser.add_param_group({"params": [late]})
+    assert len(optimiser.param_groups) == 1
+
+
+def test_amsgrad_may_be_switched_on_later():
+    for foreach in (False, True):
+        model = network()
+        optimiser = spd.AdamSPD(model.parameters(), foreach=foreach)
+        train(model, optimiser, 2)
+        optimiser.param_groups[0]["amsgrad"] = True
+        train(model, optimiser, 2)
+
+
+def test_rates_as_tensors_are_not_rounded_to_half_precision():
+    g = torch.Generator().manual_seed(0)
+    grad = torch.rand(100_000, generator=g).bfloat16()
+    lr, start = 1.0 + 2**-8.01, torch.zeros(len(grad))  # bf16 has 1 and 1 + 2 ** -7
+    after = {}
+    for rate, dtype in ((lr, torch.float32), (torch.tensor(lr), torch.bfloat16)):
+        moments = torch.zeros_like(start, dtype=dtype), torch.zeros_like(start, dtype=dtype)
+        args = grad.to(dtype), *moments, 1, rate, (0.0, 0.0), 1.0
+        after[dtype] = spd.adam(start.to(dtype), *args).double().sum()
+    assert after[torch.bfloat16].item() == pytest.approx(after[torch.float32].item(), rel=2e-3)
 
 
 def test_a_strength_like_a_weight_decay_warns_and_a_real_one_does_not():
@@ -598,6 +631,52 @@ def test_other_optimisers_are_held_nearer_to_the_anchor(make, anchor):
     assert radius[2.0] < radius[1.0] < radius[0.0]
 
 
+class WritingAdam(torch.optim.Adam):
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            torch._foreach_neg_([p.grad for p in group["params"]])
+
+
+def test_held_adam_is_adam_spd_where_the_gradient_changes_hands():
+    """maximize; an optimiser that writes to p.grad; a closure, whose first gradient counts."""
+    for make, options in ((torch.optim.Adam, {"maximize": True}), (WritingAdam, {})):
+        ours, theirs = network(), network()
+        adam = make(theirs.parameters(), lr=1e-2, foreach=False, **options)
+        spd.hold(adam, spd_lambda=2.0)
+        mine = spd.AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False, **options)
+        assert equal(train(ours, mine, 40), train(theirs, adam, 40))
+    ours, theirs = network(), network()
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
+    spd.hold(adam, spd_lambda=2.0)
+    mine = spd.AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False)
+    for i in range(20):
+        for model, optimiser, keyword in ((ours, mine, False), (theirs, adam, True)):
+
+            def closure(model=model, optimiser=optimiser, i=i):
+                optimiser.zero_grad()
+                x, y = noisy(i)
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimiser.step(closure=closure) if keyword else optimiser.step(closure)
+    assert equal(ours.parameters(), theirs.parameters())
+
+
+def test_groups_added_later_are_held_too():
+    model, radius = network(), {}
+    for strength in (0.0, 2.0):
+        model = network()
+        start = model[3].weight.detach().clone()
+        optimiser = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+        spd.hold(optimiser, strength)
+        optimiser.add_param_group({"params": model[3].parameters()})
+        train(model, optimiser, 40)
+        radius[strength] = (model[3].weight - start).norm().item()
+    assert radius[2.0] < radius[0.0]
+
+
 def test_a_released_optimiser_goes_on_alone():
     held, free = network(), network()
     optimisers = [momentum(m.parameters()) for m in (held, free)]
@@ -620,6 +699,10 @@ def test_holding_takes_closures_and_refuses_other_anchors():
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="anchor must be 'pretrained' or 'zero', got 'none'"):
         spd.hold(optimiser, anchor="none")
+    with pytest.raises(ValueError, match="spd_lambda must be 0 or more and finite, got -1"):
+        spd.hold(optimiser, -1)
+    with pytest.raises(ValueError, match="complex"):
+        spd.hold(torch.optim.SGD([nn.Parameter(torch.zeros(2, dtype=torch.cfloat))]))
 
 
 # state
@@ -657,8 +740,10 @@ def test_loading_never_anchors_at_fine_tuned_weights():
     late = spd.AdamSPD(model.parameters(), lr=1e-2)  # made too late, of fine-tuned weights
     late.load_state_dict(saved_and_loaded(optimiser)[0])
     assert equal([late.state[p]["anchor"] for p in model.parameters()], start)
-    lean = spd.AdamSPD(network().parameters(), save_anchors=False)
-    with pytest.raises(ValueError, match="of other anchors; make the optimiser of the pre-trained"):
+    other = network()
+    lean = spd.AdamSPD(other.parameters(), save_anchors=False)
+    train(other, lean, 1)
+    with pytest.raises(ValueError, match="of other anchors .*; make the optimiser of the pre-trai"):
         spd.AdamSPD(model.parameters()).load_state_dict(saved_and_loaded(lean)[0])
 
 
@@ -691,7 +776,7 @@ def test_loaded_anchors_take_the_dtype_of_their_weights():
 def test_an_anchor_is_a_copy_without_gradient():
     model = network()
     optimiser = spd.AdamSPD(model.parameters())
-    anchor = optimiser.state[model[0].weight]["anchor"]
+    anchor = optimiser.anchor_of(model[0].weight)
     with torch.no_grad():
         model[0].weight.add_(1)
     assert not anchor.requires_grad and (model[0].weight - anchor).abs().min() > 0.9
@@ -705,11 +790,102 @@ def test_a_copied_or_pickled_optimiser_goes_on():
     assert equal(train(model, optimiser, 3, 3), train(model2, optimiser2, 3, 3))
 
 
+def test_a_state_dict_without_anchors_is_refused_and_leaves_the_optimiser_as_it_was():
+    ours, theirs = network(), network()
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    train(theirs, adam, 3)
+    optimiser = spd.AdamSPD(ours.parameters(), lr=1e-2)
+    train(ours, optimiser, 3)
+    expected = copy.deepcopy((ours, optimiser))
+    with pytest.raises(ValueError, match="the state dict has no anchors, as of torch's Adam"):
+        optimiser.load_state_dict(adam.state_dict())
+    other = network(1)
+    lean = spd.AdamSPD(other.parameters(), save_anchors=False)
+    train(other, lean, 1)
+    with pytest.raises(ValueError, match="is of other anchors"):
+        optimiser.load_state_dict(lean.state_dict())
+    assert equal(train(ours, optimiser, 3, 3), train(*expected, 3, 3))
+    free = spd.AdamSPD(theirs.parameters(), anchor="zero", lr=1e-2)
+    free.load_state_dict(adam.state_dict())  # nothing to lack
+    assert {s["step"] for s in free.state.values()} == {3}
+    assert free.param_groups[0]["anchor"] == "zero" and free.param_groups[0]["spd_lambda"] == 1
+
+
+def test_an_early_state_dict_does_not_make_a_late_optimiser_anchor_anew():
+    model = network()
+    start = [p.detach().clone() for p in model.parameters()]
+    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2)
+    early = copy.deepcopy(optimiser.state_dict())
+    train(model, optimiser, 5)
+    optimiser.load_state_dict(early)
+    train(model, optimiser, 1)
+    assert equal([optimiser.anchor_of(p) for p in model.parameters()], start)
+    with pytest.raises(ValueError, match="that was stepped without one"):
+        late = spd.AdamSPD(model.parameters(), anchor="none")
+        train(model, late, 1)
+        late.param_groups[0]["anchor"] = "pretrained"
+        train(model, late, 1)
+
+
+def test_frozen_weights_have_no_anchor_until_they_are_trained():
+    model = network()
+    model[0].requires_grad_(False)
+    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2)
+    train(model, optimiser, 3)
+    assert optimiser.anchor_of(model[0].weight) is None
+    start = model[0].weight.detach().clone()
+    model[0].requires_grad_(True)
+    train(model, optimiser, 3)
+    assert torch.equal(optimiser.anchor_of(model[0].weight), start)
+
+
+def test_step_counts_take_the_loading_optimisers_form():
+    for first, second in ((True, False), (False, True)):
+        model = network()
+        optimiser = spd.AdamSPD(model.parameters(), lr=1e-2, capturable=first)
+        train(model, optimiser, 3)
+        other = spd.AdamSPD(model.parameters(), lr=1e-2, capturable=second)
+        other.load_state_dict(saved_and_loaded(optimiser)[0])
+        train(model, other, 1)
+        assert {torch.is_tensor(s["step"]) for s in other.state.values()} == {second}
+        assert {int(s["step"]) for s in other.state.values()} == {4}
+
+
+def test_statistics_survive_a_state_dict_in_fp64():
+    model = network()
+    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2, stats=True)
+    train(model, optimiser, 3)
+    other = spd.AdamSPD(network().parameters(), lr=1e-2, stats=True)
+    other.load_state_dict(saved_and_loaded(optimiser)[0])
+    for a, b in zip(optimiser.state.values(), other.state.values(), strict=True):
+        assert b["spd"].dtype == torch.float64 and torch.equal(a["spd"], b["spd"])
+
+
+def test_the_state_dict_of_torchs_distributed_checkpoints_goes_on(tmp_path):
+    """It steps a new optimiser once, with gradients of 0, to learn what its state looks like."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    whole = network()
+    expected = train(whole, spd.AdamSPD(whole.parameters(), lr=1e-2), 10)
+    model = network()
+    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2)
+    train(model, optimiser, 5)
+    saved = copy.deepcopy(dcp.get_state_dict(model, optimiser))
+    again = network()
+    other = spd.AdamSPD(again.parameters(), lr=1e-2)
+    dcp.get_state_dict(again, other)  # as its loader does before it reads
+    weights, state = saved
+    dcp.set_state_dict(again, other, model_state_dict=weights, optim_state_dict=state)
+    assert {s["step"] for s in other.state.values()} == {5}
+    assert equal(train(again, other, 5, first=5), expected)
+
+
 # lifted out
 
 
 def test_the_file_alone_in_an_empty_folder_trains(tmp_path):
     (tmp_path / "spd.py").write_text((common.HERE / "spd.py").read_text())
+    (tmp_path / "common.py").write_text("mine = 1\n")  # somebody else's
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('numpy')\n")
     code = (
         "import torch; from spd import AdamSPD\n"
         "model = torch.nn.Linear(3, 2)\n"
@@ -865,5 +1041,5 @@ def test_the_readmes_example_trains():
     exec(code, found)
     model["head"](model["body"](torch.ones(3, 4))).sum().backward()
     found["optimiser"].step()
-    kept = [p for p in model.parameters() if "anchor" in found["optimiser"].state[p]]
+    kept = [p for p in model.parameters() if found["optimiser"].anchor_of(p) is not None]
     assert len(kept) == 2  # the body's

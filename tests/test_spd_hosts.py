@@ -28,7 +28,7 @@ def test_timm_makes_it_by_name_and_its_weight_decay_is_not_the_strength():
         optimiser = factory.create_optimizer_v2(model, "adamspd", **options)
         assert [g["weight_decay"] for g in optimiser.param_groups] == [0.0, 0.1]
         assert {g["spd_lambda"] for g in optimiser.param_groups} == {strength}
-        assert all("anchor" in optimiser.state[p] for p in model.parameters())
+        assert all(optimiser.anchor_of(p) is not None for p in model.parameters())
         made[strength] = steps(model, optimiser)
     model = network()
     adamw = factory.create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)

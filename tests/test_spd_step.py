@@ -184,10 +184,13 @@ def assert_equals_the_loop(path, **options):
         assert torch.allclose(a["exp_avg_sq"], b["exp_avg_sq"], rtol=1e-5, atol=1e-9)
 
 
-def test_the_ragged_runs_project_some_tensors_and_leave_others(path):
-    _, optimizer = run(path, steps=4, signs="+++-", stats=True)
-    fired = [s["spd"][0] < 0 and s["spd"][1] > 0 for s in optimizer.state.values()]
-    assert 0 < sum(map(bool, fired)) < len(fired)
+def test_the_ragged_runs_project_when_the_gradient_turns_and_not_before(path):
+    shares = []
+    for steps in (3, 4, 6):
+        _, optimizer = run(path, steps=steps, signs="+++-++", stats=True)
+        fired = [bool(s["spd"][0] < 0 and s["spd"][1] > 0) for s in optimizer.state.values()]
+        shares.append(sum(fired) / len(fired))
+    assert shares[0] == 0 and shares[1] == 1 and len(fired) == len(RAGGED) - 1  # all but the empty
 
 
 def test_lambda_zero_is_torch_adam(path):
@@ -288,12 +291,35 @@ def test_a_nan_gradient_projects_nothing_and_spreads_no_further(path):
     assert first.isnan().all() and second.isfinite().all()
 
 
+def test_a_lazily_negated_gradient_is_the_negated_one(path):
+    ends = []
+    for lazy in (True, False):
+        param = torch.nn.Parameter(torch.zeros(4))
+        grad = torch.ones(4)
+        param.grad = torch._neg_view(grad) if lazy else -grad
+        AdamSPD([param], lr=0.1, **path).step()
+        ends.append(param.detach())
+    assert torch.equal(*ends) and (ends[0] > 0).all()
+
+
+def test_a_model_of_another_memory_format_takes_its_old_state():
+    kernels()
+    conv = torch.nn.Conv2d(64, 2048, 3).to(memory_format=torch.channels_last)
+    optimizer = AdamSPD(conv.parameters(), lr=1e-2)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        conv.to(memory_format=memory_format)
+        for p in conv.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in conv.parameters())
+
+
 def test_a_parameter_without_gradient_stays_and_counts_no_step(path):
     first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
     optimizer = AdamSPD([first, second], **path)
     first.grad = torch.ones(3)
     optimizer.step()
-    assert torch.equal(second, torch.ones(3)) and "step" not in optimizer.state[second]
+    assert torch.equal(second, torch.ones(3)) and "step" not in optimizer.state.get(second, {})
 
 
 def test_state_dict_round_trip_continues_bit_for_bit_and_keeps_the_anchor(path):
