@@ -13,7 +13,6 @@ the radius that it had before the step.
               Eq. 4   the projection             project
               Eq. 9   deviation ratio r_t        deviation_ratio
               Alg. 1, 2                          AdamSPD
-              (extension) other optimisers       hold
     Sec. 4    image classification               main
 
     python spd.py                   # embedded digits, 3 minutes; SPD: ID 94, shifts 70
@@ -21,7 +20,8 @@ the radius that it had before the step.
     python spd.py --data /domainnet --id real --fraction 0.1
 
 AdamSPD needs nothing but torch: copy this file into another project and import it there. Beside
-common.py it also uses the compiled kernel, which gives the same weights up to rounding.
+common.py it also uses the compiled kernel, which gives the same weights up to rounding. Around any
+other optimiser: examples/hold.py.
 
 Differs from the paper (P) or the authors' code (C):
 S1  strength is spd_lambda, never weight_decay, as it hides in C: 0.01 to 0.1 there is SPD switched
@@ -539,66 +539,6 @@ class AdamSPD(torch.optim.Optimizer):
 def dots(a, b):
     """Sums of the products of two lists of tensors, added in fp64.  -> [T]"""
     return torch.stack([x.sum(dtype=torch.float64) for x in torch._foreach_mul(a, b)])
-
-
-def hold(optimiser, spd_lambda=1.0, anchor="pretrained"):
-    """Extension: Eqs. (3), (4), (9) around each step of any torch optimiser; the paper has Adam's.
-
-    Call it while the weights are the pre-trained ones, also when a run is resumed or an optimiser
-    copied: the anchors are neither in its state dict nor in its copies. "zero" as in AdamSPD. With
-    a closure g_t is the gradient of its first call. Returns a function that ends it.
-
-        hold(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), spd_lambda=1.0)
-    """
-    if anchor not in ("pretrained", "zero"):
-        raise ValueError(f"hold: anchor must be 'pretrained' or 'zero', got {anchor!r}")
-    if not 0 <= spd_lambda < math.inf:
-        raise ValueError(f"hold: spd_lambda must be 0 or more and finite, got {spd_lambda}")
-    anchors, before, grads = {}, {}, {}
-
-    def each():
-        for group in optimiser.param_groups:
-            for p in group["params"]:
-                if p.is_complex():
-                    raise ValueError("hold: complex parameters are not supported")
-                if p not in anchors:
-                    zero = torch.zeros_like(p) if hasattr(p, "placements") else p.new_zeros(())
-                    anchors[p] = p.detach().clone() if anchor == "pretrained" else zero.detach()
-                yield p, group.get("maximize", False)
-
-    @torch.no_grad()
-    def remember():  # now: some optimisers write to p.grad
-        for p, maximize in each():
-            if p.grad is not None:
-                grads[p] = -p.grad if maximize else p.grad.clone()
-
-    def keep(_, args, kwargs):
-        grads.clear()
-        before.update((p, p.detach().clone()) for p, _ in each())
-        closure = kwargs.pop("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            return remember()
-
-        def first():
-            loss = closure()
-            if not grads:
-                remember()
-            return loss
-
-        return (args[0], first, *args[2:]), kwargs
-
-    @torch.no_grad()
-    def pull_back(*_):
-        for p, grad in grads.items():
-            c = condition(grad, before[p], anchors[p])
-            r = deviation_ratio(before[p], p, anchors[p])
-            p.copy_(project(p, anchors[p], c, r, spd_lambda))
-        before.clear()
-        grads.clear()
-
-    list(each())
-    hooks = optimiser.register_step_pre_hook(keep), optimiser.register_step_post_hook(pull_back)
-    return lambda: [hook.remove() for hook in hooks]
 
 
 def fingerprint(tensor):

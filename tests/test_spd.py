@@ -465,7 +465,7 @@ def test_gradients_of_two_halves_are_one_decision():
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
-# lists of tensors, half precision, other optimisers
+# lists of tensors, half precision
 
 
 @pytest.mark.parametrize(
@@ -595,114 +595,6 @@ def test_anchors_may_take_half_the_memory_and_are_the_rounded_weights():
     assert saved[None] - saved[torch.bfloat16] == pytest.approx(2, abs=0.1)
     with pytest.raises(ValueError, match="anchor_dtype must be a floating type, got torch.int8"):
         spd.AdamSPD([param], anchor_dtype=torch.int8)
-
-
-def test_held_adam_is_adam_spd():
-    ours, theirs = network(), network()
-    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
-    spd.hold(adam, spd_lambda=2.0)
-    mine = spd.AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False)
-    assert equal(train(ours, mine, 40), train(theirs, adam, 40))
-    free = network()
-    assert not equal(
-        train(free, torch.optim.Adam(free.parameters(), lr=1e-2), 40), theirs.parameters()
-    )
-
-
-def momentum(params):
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
-
-
-def lion(params):
-    return pytest.importorskip("timm.optim").Lion(list(params), lr=3e-3)
-
-
-@pytest.mark.parametrize("make", [momentum, lion])
-@pytest.mark.parametrize("anchor", ["pretrained", "zero"])
-def test_other_optimisers_are_held_nearer_to_the_anchor(make, anchor):
-    radius = {}
-    for strength in (0.0, 1.0, 2.0):
-        model = network()
-        start = [p.detach().clone() * (anchor == "pretrained") for p in model.parameters()]
-        optimiser = make(model.parameters())
-        spd.hold(optimiser, strength, anchor)
-        end = train(model, optimiser, 40)
-        radius[strength] = sum(((a - b) ** 2).sum() for a, b in zip(end, start, strict=True)).item()
-    assert radius[2.0] < radius[1.0] < radius[0.0]
-
-
-class WritingAdam(torch.optim.Adam):
-    def step(self, closure=None):
-        super().step(closure)
-        for group in self.param_groups:
-            torch._foreach_neg_([p.grad for p in group["params"]])
-
-
-def test_held_adam_is_adam_spd_where_the_gradient_changes_hands():
-    """maximize; an optimiser that writes to p.grad; a closure, whose first gradient counts."""
-    for make, options in ((torch.optim.Adam, {"maximize": True}), (WritingAdam, {})):
-        ours, theirs = network(), network()
-        adam = make(theirs.parameters(), lr=1e-2, foreach=False, **options)
-        spd.hold(adam, spd_lambda=2.0)
-        mine = spd.AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False, **options)
-        assert equal(train(ours, mine, 40), train(theirs, adam, 40))
-    ours, theirs = network(), network()
-    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
-    spd.hold(adam, spd_lambda=2.0)
-    mine = spd.AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False)
-    for i in range(20):
-        for model, optimiser, keyword in ((ours, mine, False), (theirs, adam, True)):
-
-            def closure(model=model, optimiser=optimiser, i=i):
-                optimiser.zero_grad()
-                x, y = noisy(i)
-                loss = F.cross_entropy(model(x), y)
-                loss.backward()
-                return loss
-
-            optimiser.step(closure=closure) if keyword else optimiser.step(closure)
-    assert equal(ours.parameters(), theirs.parameters())
-
-
-def test_groups_added_later_are_held_too():
-    model, radius = network(), {}
-    for strength in (0.0, 2.0):
-        model = network()
-        start = model[3].weight.detach().clone()
-        optimiser = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
-        spd.hold(optimiser, strength)
-        optimiser.add_param_group({"params": model[3].parameters()})
-        train(model, optimiser, 40)
-        radius[strength] = (model[3].weight - start).norm().item()
-    assert radius[2.0] < radius[0.0]
-
-
-def test_a_released_optimiser_goes_on_alone():
-    held, free = network(), network()
-    optimisers = [momentum(m.parameters()) for m in (held, free)]
-    spd.hold(optimisers[0], 2.0)()  # held and released at once
-    assert equal(*(train(m, o) for m, o in zip((held, free), optimisers, strict=True)))
-
-
-def test_holding_takes_closures_and_refuses_other_anchors():
-    model, (x, y) = network(), noisy(0)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    spd.hold(optimiser)
-
-    def closure():
-        optimiser.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    losses = [optimiser.step(closure).item() for _ in range(20)]
-    assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match="anchor must be 'pretrained' or 'zero', got 'none'"):
-        spd.hold(optimiser, anchor="none")
-    with pytest.raises(ValueError, match="spd_lambda must be 0 or more and finite, got -1"):
-        spd.hold(optimiser, -1)
-    with pytest.raises(ValueError, match="complex"):
-        spd.hold(torch.optim.SGD([nn.Parameter(torch.zeros(2, dtype=torch.cfloat))]))
 
 
 # state

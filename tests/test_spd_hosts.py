@@ -1,11 +1,20 @@
-"""AdamSPD where others make the groups, the loop and the schedule: timm, Hugging Face."""
+"""AdamSPD where others make the groups, the loop and the schedule: timm, Hugging Face; and SPD
+around their optimisers.
+"""
+
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_spd import network, noisy
+from test_spd import equal, network, noisy, train
+from torch import nn
 
+import common
 from spd import AdamSPD
+
+sys.path.insert(0, str(common.HERE / "examples"))
+from hold import hold  # noqa: E402
 
 
 def steps(model, optimiser, n=6):
@@ -99,3 +108,114 @@ def test_the_trainer_of_transformers_steps_it(way, tmp_path):
     ours = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(ours, by_hand[2.0], rtol=1e-3, atol=1e-5)
     assert (ours - by_hand[0.0]).abs().max() > 1e-3  # it was projected
+
+
+# SPD around other optimisers
+
+
+def test_held_adam_is_adam_spd():
+    ours, theirs = network(), network()
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
+    hold(adam, spd_lambda=2.0)
+    mine = AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False)
+    assert equal(train(ours, mine, 40), train(theirs, adam, 40))
+    free = network()
+    assert not equal(
+        train(free, torch.optim.Adam(free.parameters(), lr=1e-2), 40), theirs.parameters()
+    )
+
+
+def momentum(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def lion(params):
+    return pytest.importorskip("timm.optim").Lion(list(params), lr=3e-3)
+
+
+@pytest.mark.parametrize("make", [momentum, lion])
+@pytest.mark.parametrize("anchor", ["pretrained", "zero"])
+def test_other_optimisers_are_held_nearer_to_the_anchor(make, anchor):
+    radius = {}
+    for strength in (0.0, 1.0, 2.0):
+        model = network()
+        start = [p.detach().clone() * (anchor == "pretrained") for p in model.parameters()]
+        optimiser = make(model.parameters())
+        hold(optimiser, strength, anchor)
+        end = train(model, optimiser, 40)
+        radius[strength] = sum(((a - b) ** 2).sum() for a, b in zip(end, start, strict=True)).item()
+    assert radius[2.0] < radius[1.0] < radius[0.0]
+
+
+class WritingAdam(torch.optim.Adam):
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            torch._foreach_neg_([p.grad for p in group["params"]])
+
+
+def test_held_adam_is_adam_spd_where_the_gradient_changes_hands():
+    """maximize; an optimiser that writes to p.grad; a closure, whose first gradient counts."""
+    for make, options in ((torch.optim.Adam, {"maximize": True}), (WritingAdam, {})):
+        ours, theirs = network(), network()
+        adam = make(theirs.parameters(), lr=1e-2, foreach=False, **options)
+        hold(adam, spd_lambda=2.0)
+        mine = AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False, **options)
+        assert equal(train(ours, mine, 40), train(theirs, adam, 40))
+    ours, theirs = network(), network()
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
+    hold(adam, spd_lambda=2.0)
+    mine = AdamSPD(ours.parameters(), lr=1e-2, spd_lambda=2.0, fused=False)
+    for i in range(20):
+        for model, optimiser, keyword in ((ours, mine, False), (theirs, adam, True)):
+
+            def closure(model=model, optimiser=optimiser, i=i):
+                optimiser.zero_grad()
+                x, y = noisy(i)
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimiser.step(closure=closure) if keyword else optimiser.step(closure)
+    assert equal(ours.parameters(), theirs.parameters())
+
+
+def test_groups_added_later_are_held_too():
+    model, radius = network(), {}
+    for strength in (0.0, 2.0):
+        model = network()
+        start = model[3].weight.detach().clone()
+        optimiser = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+        hold(optimiser, strength)
+        optimiser.add_param_group({"params": model[3].parameters()})
+        train(model, optimiser, 40)
+        radius[strength] = (model[3].weight - start).norm().item()
+    assert radius[2.0] < radius[0.0]
+
+
+def test_a_released_optimiser_goes_on_alone():
+    held, free = network(), network()
+    optimisers = [momentum(m.parameters()) for m in (held, free)]
+    hold(optimisers[0], 2.0)()  # held and released at once
+    assert equal(*(train(m, o) for m, o in zip((held, free), optimisers, strict=True)))
+
+
+def test_holding_takes_closures_and_refuses_other_anchors():
+    model, (x, y) = network(), noisy(0)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    hold(optimiser)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [optimiser.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="anchor must be 'pretrained' or 'zero', got 'none'"):
+        hold(optimiser, anchor="none")
+    with pytest.raises(ValueError, match="spd_lambda must be 0 or more and finite, got -1"):
+        hold(optimiser, -1)
+    with pytest.raises(ValueError, match="complex"):
+        hold(torch.optim.SGD([nn.Parameter(torch.zeros(2, dtype=torch.cfloat))]))
