@@ -147,7 +147,8 @@ er_study --testbed {npz}                  | is no per-example testbed
 er_study --testbed {hostilenpz}           | is no per-example testbed
 er_study --testbed {binary}.csv           | cannot be read
 er_study --plot {none}/*.csv              | no trajectories
-er_study --plot {plot}/t.csv              | no whole evaluation
+er_study --plot {plot}/t.csv              | has no column 'model', as of an older version
+er_study --plot {plot}/u.csv              | no whole evaluation
 er_study --plot {plotbad}/t.csv           | testbed.csv
 studies.vrf_ablations grids               | did you mean 'grid'
 studies.carot_ablations lambda            | did you mean 'lambdas'
@@ -248,6 +249,8 @@ def bad(tmp_path_factory):
         at[name] = root / name
         at[name].mkdir()
         (at[name] / "t.csv").write_text("run,step\n1,2\n")
+        row = "x," * (len(trajectories.COLUMNS) - 1)
+        (at[name] / "u.csv").write_text(f"{','.join(trajectories.COLUMNS)}\n{row}\n")
         (at[name] / "testbed.csv").write_text(content)
     return at
 
@@ -559,10 +562,13 @@ def readers(root):
         ),
         (
             "trajectory words",
-            file("r1.csv", ",".join(trajectories.COLUMNS) + "\n" + "x," * 22 + "1,,", plotted),
+            file("r1.csv", ",".join(trajectories.COLUMNS) + "\n" + HALF_ROW, plotted),
             "r1.csv",
         ),
     ]
+
+
+HALF_ROW = "x," * trajectories.COLUMNS.index("extrapolated") + "1,,"
 
 
 def plotted(path):
