@@ -49,6 +49,17 @@ class Scale(nn.Module):
         self.log = nn.Parameter(torch.tensor(1.0))
 
 
+class Gain(nn.Module):
+    """Of one row, as a class token's: two processes cannot both have a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 6))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 def gradients(loss_of, sizes):
     """{rows of the batch: loss and gradients}; 1 row: the first of two processes has none."""
     found = {}
@@ -126,7 +137,7 @@ def tables(tree, out):
 def sharded(anchor):
     """Weights after AdamSPD's steps on a model of which each process holds a part (FSDP)."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    model = nn.Sequential(Gain(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     if common.world() > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

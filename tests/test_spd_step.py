@@ -291,6 +291,14 @@ def test_a_nan_gradient_projects_nothing_and_spreads_no_further(path):
     assert first.isnan().all() and second.isfinite().all()
 
 
+def test_a_step_asks_no_other_process_for_the_kernels(monkeypatch):
+    native = kernels()
+    monkeypatch.setattr(common, "everywhere", lambda flag: 1 / 0)
+    assert spd.compiled() is native
+    with pytest.raises(ZeroDivisionError):
+        common.kernels()
+
+
 def test_a_lazily_negated_gradient_is_the_negated_one(path):
     ends = []
     for lazy in (True, False):
