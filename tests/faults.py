@@ -52,14 +52,14 @@ NUMBERS = itertools.count()  # of the runs' logs
 SETS = {"train": 192, "val": 48, "test": 64, "uci": 48, "fonts": 48}
 
 
-def few_digits(folder):
-    """What common.EMBEDDED holds, with the first digits of five sets."""
+def few_digits(folder, sets=SETS):
+    """What common.EMBEDDED holds, with the first digits of some sets."""
     folder.mkdir(parents=True)
     for path in common.EMBEDDED.iterdir():
         if path.name != "digits.npz":
             (folder / path.name).symlink_to(path)
     with np.load(common.EMBEDDED / "digits.npz") as digits:
-        kept = {f"{s}/{x}": digits[f"{s}/{x}"][:n] for s, n in SETS.items()
+        kept = {f"{s}/{x}": digits[f"{s}/{x}"][:n] for s, n in sets.items()
                 for x in ("images", "labels")}  # fmt: skip
     np.savez(folder / "digits.npz", **kept)
     return folder

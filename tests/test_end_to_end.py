@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -525,7 +526,9 @@ def test_a_full_disk_costs_the_files_and_not_the_table(full_disk, tree, plain):
 # the digits
 
 
-def test_two_minutes_of_digits_tell_the_story(tmp_path):
+def test_two_minutes_of_digits_tell_the_story(tmp_path, monkeypatch):
+    sets = {"train": 3000, "val": 400, "test": 2000, "uci": 300, "fonts": 300, "sketch": 300}
+    monkeypatch.setattr(common, "EMBEDDED", faults.few_digits(tmp_path / "digits", sets))
     rows, text = run("--epochs", "1", "--methods", "E2E-FT", "--out", tmp_path, "--device", "cpu")
     zs, ft, mixed = (shares(rows, m) for m in ("Zero-shot", "E2E-FT", "E2E-FT +VRF"))
     assert zs["test"] == pytest.approx(0.779, abs=0.01)  # data/README.md

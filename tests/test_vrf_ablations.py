@@ -59,8 +59,9 @@ def setting(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("ablations"))
     arguments = ["--epochs", "1", "--out", out, "--methods", "E2E-FT,LC"]
     config, data, *models = vrf.prepare(arguments)
-    for s in (data.train, data.val, data.test, *data.shifts):
-        s.images, s.labels = s.images[:400], s.labels[:400]
+    data.train.images, data.train.labels = data.train.images[:400], data.train.labels[:400]
+    for s in (data.val, data.test, *data.shifts):
+        s.images, s.labels = s.images[:160], s.labels[:160]
     return ablations.set_up(config, data, *models, ["E2E-FT", "LC"])
 
 
