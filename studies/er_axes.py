@@ -181,7 +181,7 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=1500):
         if not weights.is_file():
             weights.parent.mkdir(parents=True, exist_ok=True)
             print(f"pre-training on {name}, {steps} steps")
-            pretrain.save(pretrain.pretrain(steps, domains, size, seed)[0], weights)
+            pretrain.save(pretrain.pretrain(steps, domains, size, seed, log=100)[0], weights)
         own = dataclasses.replace(config, weights=str(weights))
         args = own, data, *common.zero_shot(own, data), bench
         paths.append(er_study.follow(*args, "new-head", RATE, config.epochs, seed, name))
