@@ -312,8 +312,9 @@ def pairs_from(config, split, clip, tokens, seed, first):
         yield images, texts if len(texts) else tokens[0, :1], index
 
 
-def fine_tune(config, name, clip, data, seed, mcl=1.0, oc=0.0, sd=0.0, cross=0.0):
-    """Train a copy of the CLIP with Eq. (6) on image-caption pairs; FLYP: the last three 0.
+def fine_tune(config, name, clip, data, seed, mcl=1.0, oc=0.0, sd=0.0, cross=0.0, watch=None):
+    """Train a copy of the CLIP with Eq. (6) on image-caption pairs; FLYP: oc, sd and cross 0.
+    watch(n, module) is called when n steps are done, 0 included.
 
     Returns the Distilled module. Raises InputError for --micro-batch with BatchNorm.
     """
@@ -345,10 +346,13 @@ def fine_tune(config, name, clip, data, seed, mcl=1.0, oc=0.0, sd=0.0, cross=0.0
     def probe(done):
         """The teacher's update after steps 0, K, 2 K ...; a resumed run asks again: not twice."""
         step = done - 1
-        if step % config.ema_every == 0 and module.updates == step // config.ema_every:
+        due = sd and step % config.ema_every == 0
+        if due and module.updates == step // config.ema_every:
             m = momentum(step, steps)
             ema(module.teacher.state_dict(), module.student.state_dict(), m)
             module.updates += 1
+        if watch:
+            watch(done, module)
 
     forms = config.oc_form, config.sd_form
     said = {"mcl": mcl, "oc": oc, "sd": sd, "cross": cross, "captions": common.hash_of(tokens)}
@@ -365,7 +369,7 @@ def fine_tune(config, name, clip, data, seed, mcl=1.0, oc=0.0, sd=0.0, cross=0.0
         clip,
         config.lr,
         seed,
-        probe=probe if sd else None,
+        probe=probe if sd or watch else None,
         also=said,
     )
     return module

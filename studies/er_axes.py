@@ -12,7 +12,9 @@ numbers here are ours. Trajectories are those of er_study.py, in its folder, and
 
 import copy
 import dataclasses
+import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +280,84 @@ def methods(config, data, clip, zero_shot, bench, seed):
     return [path]
 
 
+def courses(config, data, clip, zero_shot, bench, seed):
+    """Trajectories of the methods' own trainings; Adam-SPD with strength 1. Paths."""
+    import carot
+    import spd
+    import vrf
+
+    def words(name, *more):
+        return ["--device", config.device, "--out", f"{config.out}/{name}", *more]
+
+    own = vrf.prepare(words("vrf", "--methods", "LC"))
+    heads = vrf.train_models(*own, seed)
+    theirs = carot.prepare(words("carot", "--methods", "FLYP,CaRot"))
+    recipe = common.begin(spd.Config, words("spd"), spd.__doc__, spd.PRESETS)[0]  # nothing mixed
+    paths = []
+
+    def course(name, used, lr, train):
+        """train(config, at) trains and calls at(n, model_of) when n steps are done."""
+        per_epoch = math.ceil(len(data.train.labels) / used.batch)
+        run = {"run": f"{name}{COURSE}, seed {seed}", "model": config.model, "init": "zero-shot"}
+        run |= {"lr": lr, "seed": seed}
+        recipe = {f: getattr(used, f) for f in ("epochs", "batch", "warmup", "weight_decay")}
+        key = [zero_shot.state_dict(), run, recipe, bench.testbed.k, config.draws]
+        key += [s.fingerprint for s in (data.train, *bench.splits.values())]
+        file = f"{common.slug(run['run'])}-{common.hash_of(key)}.csv"
+
+        def attempt(probe, resume):
+            def at(done, model_of):
+                probe(
+                    done,
+                    lambda: er_study.score(bench, er_study.on_device(model_of()), bench.images),
+                )
+
+            train(dataclasses.replace(used, resume=resume), at)
+
+        def rows_at(done, right):
+            return er_study.measure(bench, run | {"step": done, "epoch": done / per_epoch}, right)
+
+        path, steps = (
+            Path(config.out) / "trajectories" / file,
+            er_study.cadence(per_epoch, used.epochs),
+        )
+        shifts = len(bench.lines)
+        paths.append(trajectories.record(path, steps, shifts, rows_at, attempt, config.resume))
+
+    for name, start, lr in (("E2E-FT", "ZS", own[0].lr), ("LP-FT", "LC", own[0].lr_lpft)):
+
+        def train(used, at, name=name, start=start, lr=lr):
+            model = copy.deepcopy((heads | {"ZS": zero_shot})[start])
+            args = used, f"{name}, seed {seed}", model, data.train, clip, lr, seed
+            common.fine_tune(*args, probe=lambda done: at(done, lambda: model))
+
+        course(name, own[0], lr, train)
+    given = {"oc": theirs[0].oc, "sd": theirs[0].sd, "cross": theirs[0].cross_fnorm}
+    for name, terms in (("FLYP", {}), ("CaRot", given)):
+
+        def train(used, at, name=name, terms=terms):
+            def watch(done, module):
+                tuned = dataclasses.replace(clip, model=module.student.eval())
+                at(done, lambda: common.classifier(used, data, tuned, zero_shot.head.weight.device))
+
+            carot.fine_tune(used, f"{name}, seed {seed}", clip, data, seed, **terms, watch=watch)
+
+        course(name, theirs[0], theirs[0].lr, train)
+
+    def train(used, at):
+        model = copy.deepcopy(zero_shot)
+        optimiser = spd.AdamSPD(model.parameters(), lr=used.lr, spd_lambda=1.0)
+        loss = partial(F.cross_entropy, label_smoothing=used.smoothing)
+        common.fine_tune(
+            used, f"Adam-SPD 1, seed {seed}", model, data.train, clip, used.lr, seed, optimiser,
+            lambda images, labels: loss(model(images)[1], labels),
+            lambda done: at(done, lambda: model), {"smoothing": used.smoothing},
+        )  # fmt: skip
+
+    course("Adam-SPD", recipe, recipe.lr, train)
+    return paths
+
+
 def with_ece(rows, ece, bench):
     """Rows of `measure`, and the ECE of the same model: {set: share}."""
     shifts = list(bench.lines)
@@ -354,13 +434,14 @@ def print_points(groups, shift):
     print("\n" + common.table(header, lines, "accuracy in %, ECE as a share, ER in points"))
 
 
+COURSE = " in training"  # ends the names of `courses`
 FAMILIES = "Zero-shot,Linear classifier,E2E-FT,LP-FT,FLYP,CaRot,AdamW,L2-SP,Adam-SPD".split(",")
 MARKS = {"": "o", " +WSE": "s", " +OSE": "D", " +VRF": "^"}
 
 
-def figure_points(config, found, groups, shift):
+def figure_points(config, found, groups, in_training, shift):
     """ER of every method against its ID accuracy, on one shift and in the mean: colour by training,
-    mark by ensemble, intervals where there is none.
+    mark by ensemble, intervals where there is none; thin lines: the course of a training.
     """
     fig, (axes,) = common.new_figure(columns=2)
     numbers = []
@@ -380,6 +461,12 @@ def figure_points(config, found, groups, shift):
             axis.errorbar(
                 logit(x / 100), y, spread, lw=0.8, label=None if ensemble else name, **look
             )
+        for name, runs in in_training.items():
+            colour = f"C{FAMILIES.index(name.removesuffix(COURSE))}"
+            for c in (er_report.curve(rows, s) for rows in runs.values()):
+                axis.plot(logit(c["id"]), 100 * c["er"], color=colour, lw=0.6, alpha=0.6, zorder=1)
+                shown = zip(*(100 * c[k] for k in ("id", "er", "lo", "hi")), strict=True)
+                numbers += [(s, name, *x) for x in shown]
         axis.set(ylabel="ER, points [95 %]")
         text = er_report.caption(found[s]) if s in found else f"mean of {len(found)} shifts"
         axis.set_title(f"ER on {text}", fontsize=8)
@@ -405,17 +492,23 @@ def main(argv=None):
         testbed, found, rows = bench.testbed, bench.lines, []
         shifts = None if axis == "methods" else len(found)
         for seed in range(config.seed, config.seed + config.seeds):
-            for path in known[axis](config, *world, bench, seed):
+            paths = known[axis](config, *world, bench, seed)
+            paths += courses(config, *world, bench, seed) if axis == "methods" else []
+            for path in paths:
                 rows += trajectories.read(path, shifts)
     groups, shift = er_report.by_run(rows), er_report.best_line(found)
     er_report.print_lines(testbed, found)
     if axis == "methods":
-        print_points(groups, shift)
-        figure_points(config, found, groups, shift)
-        return groups
+        in_training = {n: runs for n, runs in groups.items() if n.endswith(COURSE)}
+        points = {n: runs for n, runs in groups.items() if n.partition(" +")[0] in FAMILIES}
+        print_points(points, shift)
+        figure_points(config, found, points, in_training, shift)
+        groups = in_training
     for s in (shift, "mean"):
-        print_at(groups, s)
-    er_report.figure_er(config, testbed, found, groups, (shift, "mean"), f"er_{axis}")
+        if groups:
+            print_at(groups, s)
+    if axis != "methods":
+        er_report.figure_er(config, testbed, found, groups, (shift, "mean"), f"er_{axis}")
     return groups
 
 
