@@ -10,8 +10,10 @@ in our notes; the text known to us settles neither subset sizes nor the list of 
 numbers here are ours. Trajectories are those of er_study.py, in its folder, and read back from it.
 """
 
+import contextlib
 import copy
 import dataclasses
+import io
 import math
 import sys
 from functools import partial
@@ -280,8 +282,10 @@ def methods(config, data, clip, zero_shot, bench, seed):
     return [path]
 
 
-def courses(config, data, clip, zero_shot, bench, seed):
-    """Trajectories of the methods' own trainings; Adam-SPD with strength 1. Paths."""
+def trainings(config, data, clip, zero_shot, seed):
+    """[(method, its config, rate, train)], as the scripts train them, Adam-SPD with strength 1.
+    train(config, at) calls at(n, model_of) when n steps are done; model_of() -> Classifier.
+    """
     import carot
     import spd
     import vrf
@@ -289,14 +293,53 @@ def courses(config, data, clip, zero_shot, bench, seed):
     def words(name, *more):
         return ["--device", config.device, "--out", f"{config.out}/{name}", *more]
 
-    own = vrf.prepare(words("vrf", "--methods", "LC"))
-    heads = vrf.train_models(*own, seed)
-    theirs = carot.prepare(words("carot", "--methods", "FLYP,CaRot"))
-    recipe = common.begin(spd.Config, words("spd"), spd.__doc__, spd.PRESETS)[0]  # nothing mixed
-    paths = []
+    args = vrf.prepare(words("vrf", "--methods", "LC"))
+    starts = vrf.train_models(*args, seed)
+    contrastive = carot.prepare(words("carot", "--methods", "FLYP,CaRot"))[0]
+    terms = {"oc": contrastive.oc, "sd": contrastive.sd, "cross": contrastive.cross_fnorm}
+    held = common.begin(spd.Config, words("spd"), spd.__doc__, spd.PRESETS)[0]  # nothing mixed
 
-    def course(name, used, lr, train):
-        """train(config, at) trains and calls at(n, model_of) when n steps are done."""
+    def plain(name, start, lr, used, at):
+        model = copy.deepcopy(starts[start])
+        given = used, f"{name}, seed {seed}", model, data.train, clip, lr, seed
+        common.fine_tune(*given, probe=lambda done: at(done, lambda: model))
+
+    def pairs(name, lambdas, used, at):
+        def head_of(student):
+            tuned = dataclasses.replace(clip, model=student.eval())
+            with contextlib.redirect_stdout(io.StringIO()):  # what it says has been said
+                return common.classifier(used, data, tuned, zero_shot.head.weight.device)
+
+        def watch(done, module):
+            at(done, partial(head_of, module.student))
+
+        carot.fine_tune(used, f"{name}, seed {seed}", clip, data, seed, **lambdas, watch=watch)
+
+    def projected(used, at):
+        model, loss = copy.deepcopy(zero_shot), partial(F.cross_entropy, label_smoothing=0.1)
+        optimiser = spd.AdamSPD(model.parameters(), lr=used.lr, spd_lambda=1.0)
+        given = used, f"Adam-SPD 1, seed {seed}", model, data.train, clip, used.lr, seed, optimiser
+        common.fine_tune(
+            *given,
+            lambda images, labels: loss(model(images)[1], labels),
+            lambda done: at(done, lambda: model),
+            {"smoothing": 0.1},
+        )
+
+    ft = args[0]
+    return [
+        ("E2E-FT", ft, ft.lr, partial(plain, "E2E-FT", "ZS", ft.lr)),
+        ("LP-FT", ft, ft.lr_lpft, partial(plain, "LP-FT", "LC", ft.lr_lpft)),
+        ("FLYP", contrastive, contrastive.lr, partial(pairs, "FLYP", {})),
+        ("CaRot", contrastive, contrastive.lr, partial(pairs, "CaRot", terms)),
+        ("Adam-SPD", held, held.lr, projected),
+    ]
+
+
+def courses(config, data, clip, zero_shot, bench, seed):
+    """Trajectories of the methods' own trainings. Paths."""
+    paths = []
+    for name, used, lr, train in trainings(config, data, clip, zero_shot, seed):
         per_epoch = math.ceil(len(data.train.labels) / used.batch)
         run = {"run": f"{name}{COURSE}, seed {seed}", "model": config.model, "init": "zero-shot"}
         run |= {"lr": lr, "seed": seed}
@@ -305,57 +348,23 @@ def courses(config, data, clip, zero_shot, bench, seed):
         key += [s.fingerprint for s in (data.train, *bench.splits.values())]
         file = f"{common.slug(run['run'])}-{common.hash_of(key)}.csv"
 
-        def attempt(probe, resume):
+        def attempt(probe, resume, used=used, train=train):
             def at(done, model_of):
-                probe(
-                    done,
-                    lambda: er_study.score(bench, er_study.on_device(model_of()), bench.images),
-                )
+                probe(done, lambda: score_of(bench, model_of()))
 
             train(dataclasses.replace(used, resume=resume), at)
 
-        def rows_at(done, right):
+        def rows_at(done, right, run=run, per_epoch=per_epoch):
             return er_study.measure(bench, run | {"step": done, "epoch": done / per_epoch}, right)
 
-        path, steps = (
-            Path(config.out) / "trajectories" / file,
-            er_study.cadence(per_epoch, used.epochs),
-        )
-        shifts = len(bench.lines)
+        path = Path(config.out) / "trajectories" / file
+        steps, shifts = er_study.cadence(per_epoch, used.epochs), len(bench.lines)
         paths.append(trajectories.record(path, steps, shifts, rows_at, attempt, config.resume))
-
-    for name, start, lr in (("E2E-FT", "ZS", own[0].lr), ("LP-FT", "LC", own[0].lr_lpft)):
-
-        def train(used, at, name=name, start=start, lr=lr):
-            model = copy.deepcopy((heads | {"ZS": zero_shot})[start])
-            args = used, f"{name}, seed {seed}", model, data.train, clip, lr, seed
-            common.fine_tune(*args, probe=lambda done: at(done, lambda: model))
-
-        course(name, own[0], lr, train)
-    given = {"oc": theirs[0].oc, "sd": theirs[0].sd, "cross": theirs[0].cross_fnorm}
-    for name, terms in (("FLYP", {}), ("CaRot", given)):
-
-        def train(used, at, name=name, terms=terms):
-            def watch(done, module):
-                tuned = dataclasses.replace(clip, model=module.student.eval())
-                at(done, lambda: common.classifier(used, data, tuned, zero_shot.head.weight.device))
-
-            carot.fine_tune(used, f"{name}, seed {seed}", clip, data, seed, **terms, watch=watch)
-
-        course(name, theirs[0], theirs[0].lr, train)
-
-    def train(used, at):
-        model = copy.deepcopy(zero_shot)
-        optimiser = spd.AdamSPD(model.parameters(), lr=used.lr, spd_lambda=1.0)
-        loss = partial(F.cross_entropy, label_smoothing=used.smoothing)
-        common.fine_tune(
-            used, f"Adam-SPD 1, seed {seed}", model, data.train, clip, used.lr, seed, optimiser,
-            lambda images, labels: loss(model(images)[1], labels),
-            lambda done: at(done, lambda: model), {"smoothing": used.smoothing},
-        )  # fmt: skip
-
-    course("Adam-SPD", recipe, recipe.lr, train)
     return paths
+
+
+def score_of(bench, model):
+    return er_study.score(bench, er_study.on_device(model), bench.images)
 
 
 def with_ece(rows, ece, bench):

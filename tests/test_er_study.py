@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -925,6 +926,31 @@ def test_methods_have_ensembles_of_each_model_with_their_ece(world, path, tmp_pa
     er_axes.main(["methods", "--plot", f"{tmp_path}/trajectories/*.csv", "--out", str(tmp_path)])
     assert f"{ece['UCI']:.3f}".lstrip("0") in capsys.readouterr().out
     assert (tmp_path / "figures/er_methods.png").stat().st_size > 10_000
+
+
+def test_the_courses_of_all_methods_start_at_zero_shot_and_are_drawn(world, tmp_path, monkeypatch):
+    sets = {"train": 48, "val": 48, "test": 48, "uci": 60, "fonts": 60}
+    monkeypatch.setattr(common, "EMBEDDED", faults.few_digits(tmp_path / "digits", sets))
+    config, data, clip, zero_shot, bed = world
+    config = dataclasses.replace(config, out=str(tmp_path))
+    paths = er_axes.courses(config, data, clip, zero_shot, bench_of(world), 0)
+    runs = [trajectories.read(p, 2) for p in paths]
+    names = ["E2E-FT", "LP-FT", "FLYP", "CaRot", "Adam-SPD"]
+    assert [r[0]["run"] for r in runs] == [f"{n} in training, seed 0" for n in names]
+    right = common.predict(config, {"": zero_shot}, data.test, clip)[""].right.sum()
+    for name, rows in zip(names, runs, strict=True):
+        assert sorted({r["step"] for r in rows}) == er_study.cadence(
+            1, 5 if name == "Adam-SPD" else 8
+        )
+        assert (rows[0]["k_id"] == right) == (name != "LP-FT"), name
+        assert len(list(tmp_path.glob(f"*/checkpoints/{common.slug(name)}-*.pt"))) == 1
+    before = [p.stat().st_mtime_ns for p in paths]
+    assert er_axes.courses(config, data, clip, zero_shot, bench_of(world), 0) == paths
+    assert [p.stat().st_mtime_ns for p in paths] == before
+    testbeds.write_counts(bed, tmp_path / "trajectories/testbed.csv")
+    er_axes.main(["methods", "--plot", f"{tmp_path}/trajectories/*.csv", "--out", str(tmp_path)])
+    drawn = (tmp_path / "figures/er_methods.csv").read_text()
+    assert all(f"{n} in training" in drawn for n in names)
 
 
 def test_every_family_and_ensemble_of_methods_has_a_colour_and_a_mark():
