@@ -508,7 +508,7 @@ def main(argv=None):
     groups, shift = er_report.by_run(rows), er_report.best_line(found)
     er_report.print_lines(testbed, found)
     if axis == "methods":
-        in_training = {n: runs for n, runs in groups.items() if n.endswith(COURSE)}
+        in_training = {f + COURSE: groups[f + COURSE] for f in FAMILIES if f + COURSE in groups}
         points = {n: runs for n, runs in groups.items() if n.partition(" +")[0] in FAMILIES}
         print_points(points, shift)
         figure_points(config, found, points, in_training, shift)
