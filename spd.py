@@ -129,7 +129,7 @@ def condition(grad, before, anchor):
 
     g_t is the raw gradient, not Adam's momentum. c_t < 0: descent points back to the anchor.
     """
-    return -(grad.double() * (before.double() - anchor.double())).sum()
+    return -whole((grad.double() * (before.double() - anchor.double())).sum())
 
 
 def project(after, anchor, c, r, spd_lambda):
@@ -149,8 +149,8 @@ def deviation_ratio(before, after, anchor):
     of the norms themselves would lose all digits of a small r_t in fp32.
     """
     distance, update = before.double() - anchor.double(), after.double() - before.double()
-    growth = (update * (2 * distance + update)).sum()
-    previous, current = distance.norm(), (distance + update).norm()
+    growth = whole((update * (2 * distance + update)).sum())
+    previous, current = whole(distance.norm()), whole((distance + update).norm())
     return torch.where(growth > 0, growth / (current * (current + previous)), 0.0)
 
 
@@ -179,6 +179,18 @@ def adam(start, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, max_sq=None):
         update = size.to(wide) * (exp_avg / denominator).to(wide)
         return (start.to(wide) - update).to(start.dtype)
     return start.addcdiv(exp_avg, denominator, value=-size)
+
+
+def whole(sum_of_part):
+    """A sum over sharded weights (FSDP), of all parts; any other as it is.  [] -> []
+
+    Older PyTorch compares and divides what is still each process's own part.
+    """
+    if not hasattr(sum_of_part, "placements"):
+        return sum_of_part
+    from torch.distributed.tensor import Replicate
+
+    return sum_of_part.redistribute(placements=[Replicate()] * sum_of_part.device_mesh.ndim)
 
 
 ANCHORS = ("pretrained", "zero", "none")
@@ -358,7 +370,7 @@ class AdamSPD(torch.optim.Optimizer):
                 c, r = condition(raw, before, anchor), deviation_ratio(before, after, anchor)
                 after = project(after, anchor, c, r, strength)
                 if self.stats:
-                    gamma = (before.double() - anchor.double()).norm()
+                    gamma = whole((before.double() - anchor.double()).norm())
                     state["spd"] = torch.stack([c, r, gamma])
             elif rule == "l2-sp decoupled" and not free:
                 after = pull(after, anchor, lr * strength)

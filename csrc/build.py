@@ -128,6 +128,9 @@ def build(folder, toolkit=None):
                 raise RuntimeError("KERNELS=cuda and no GPU: set TORCH_CUDA_ARCH_LIST, as to 9.0")
             sources += sorted(CSRC.glob("*.cu"))
             cpp_extension.CUDA_HOME = toolkit
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler.split()[0]) is None:  # PyTorch 2.9 stumbles over its own warning
+            raise OSError(f"{compiler}: not found")
         module = cpp_extension.load(
             "kernels_ext",
             [str(path) for path in sources],
