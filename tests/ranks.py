@@ -151,7 +151,10 @@ def sharded(anchor):
         optimiser.step()
         optimiser.zero_grad()
         fired += sum(int(whole(s["spd"])[0] < 0) for s in optimiser.state.values())
+    optimiser.save_anchors = False  # hashes of the whole anchors
+    kept = [x.get("anchor", 0) for x in optimiser.state_dict()["state"].values()]
     found = [torch.tensor(fired), *(whole(p.detach()) for p in model.parameters())]
+    found.append(torch.tensor(kept))
     if common.world() > 1:  # the kernel would take a part for the whole
         model(x[0]).sum().backward()
         optimiser.fused = True
