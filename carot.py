@@ -666,8 +666,6 @@ def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier; the ablations start here, too."""
     config, data = common.begin(Config, argv, __doc__, PRESETS)
     common.choose(config.methods, METHODS, "--methods")  # now, not after hours of training
-    if config.ema_every < 1:
-        raise common.InputError("--ema-every 0: expected at least 1")
     return config, data, *common.zero_shot(config, data)
 
 

@@ -369,10 +369,15 @@ def follow(config, data, clip, zero_shot, bench, kind, lr, epochs, seed, name=""
         also = {"loss": name} if loss else None
         common.fine_tune(*args, probe=at, also=also, loss_of=loss(model) if loss else None)
 
-    def rows_at(done, right):
-        return measure(bench, run | {"step": done, "epoch": done / per_epoch}, right)
+    return recorded(config, bench, path, run, cadence(per_epoch, epochs), per_epoch, attempt)
 
-    steps = cadence(per_epoch, epochs)
+
+def recorded(config, bench, path, run, steps, per_epoch, attempt):
+    """trajectories.record with the rows of `measure`."""
+
+    def rows_at(done, right):
+        return measure(bench, run | {"step": int(done), "epoch": done / per_epoch}, right)
+
     return trajectories.record(path, steps, len(bench.lines), rows_at, attempt, config.resume)
 
 

@@ -316,14 +316,15 @@ def trainings(config, data, clip, zero_shot, seed):
         carot.fine_tune(used, f"{name}, seed {seed}", clip, data, seed, **lambdas, watch=watch)
 
     def projected(used, at):
-        model, loss = copy.deepcopy(zero_shot), partial(F.cross_entropy, label_smoothing=0.1)
+        model = copy.deepcopy(zero_shot)
+        loss = partial(F.cross_entropy, label_smoothing=used.smoothing)
         optimiser = spd.AdamSPD(model.parameters(), lr=used.lr, spd_lambda=1.0)
         given = used, f"Adam-SPD 1, seed {seed}", model, data.train, clip, used.lr, seed, optimiser
         common.fine_tune(
             *given,
             lambda images, labels: loss(model(images)[1], labels),
             lambda done: at(done, lambda: model),
-            {"smoothing": 0.1},
+            {"smoothing": used.smoothing},
         )
 
     ft = args[0]
@@ -338,7 +339,7 @@ def trainings(config, data, clip, zero_shot, seed):
 
 def courses(config, data, clip, zero_shot, bench, seed):
     """Trajectories of the methods' own trainings. Paths."""
-    paths = []
+    paths, folder = [], Path(config.out) / "trajectories"
     for name, used, lr, train in trainings(config, data, clip, zero_shot, seed):
         per_epoch = math.ceil(len(data.train.labels) / used.batch)
         run = {"run": f"{name}{COURSE}, seed {seed}", "model": config.model, "init": "zero-shot"}
@@ -354,12 +355,9 @@ def courses(config, data, clip, zero_shot, bench, seed):
 
             train(dataclasses.replace(used, resume=resume), at)
 
-        def rows_at(done, right, run=run, per_epoch=per_epoch):
-            return er_study.measure(bench, run | {"step": done, "epoch": done / per_epoch}, right)
-
-        path = Path(config.out) / "trajectories" / file
-        steps, shifts = er_study.cadence(per_epoch, used.epochs), len(bench.lines)
-        paths.append(trajectories.record(path, steps, shifts, rows_at, attempt, config.resume))
+        path, steps = folder / file, er_study.cadence(per_epoch, used.epochs)
+        args = config, bench, path, run, steps, per_epoch, attempt
+        paths.append(er_study.recorded(*args))
     return paths
 
 
@@ -409,10 +407,10 @@ def differences(groups, shift):
     for name, own in others:
         pairs = [(own[seed], base[seed]) for seed in own if seed in base]
         if pairs:
-            gaps = [[er_report.at_accuracy(c, a) for c in pair] for a in AT for pair in pairs]
-            gaps = np.diff(np.array(gaps)).reshape(len(AT), len(pairs))
-            last = [x["er"][-1] - y["er"][-1] for x, y in pairs]
-            lines.append([name, *map(er_report.over_runs, -gaps), er_report.over_runs(last)])
+            at = er_report.at_accuracy
+            gaps = [[at(x, a) - at(y, a) for x, y in pairs] for a in AT]
+            gaps.append([x["er"][-1] - y["er"][-1] for x, y in pairs])
+            lines.append([name, *map(er_report.over_runs, gaps)])
     if not lines:
         return
     header = [f"less {first}", *(f"ID {100 * a:g}" for a in AT), "last"]

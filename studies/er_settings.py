@@ -377,16 +377,7 @@ def whole(config, world, build, train, test, kind, lr, seed):
         )
 
     steps = er_study.cadence(per_epoch, config.epochs)
-    return finish(config, world, path, run, steps, per_epoch, attempt)
-
-
-def finish(config, world, path, run, steps, per_epoch, attempt):
-    def rows_at(done, right):
-        at = {"step": int(done), "epoch": done / per_epoch}
-        return er_study.measure(world.bench, run | at, right)
-
-    shifts = len(world.bench.lines)
-    return trajectories.record(path, steps, shifts, rows_at, attempt, config.resume)
+    return er_study.recorded(config, world.bench, path, run, steps, per_epoch, attempt)
 
 
 def frozen(config, world, transform):
@@ -449,7 +440,7 @@ def head_only(config, world, features, lr, seed):
 
     every = total <= 1000
     steps = list(range(total + 1)) if every else er_study.cadence(per_epoch, config.epochs)
-    return finish(config, world, path, run, steps, per_epoch, attempt)
+    return er_study.recorded(config, world.bench, path, run, steps, per_epoch, attempt)
 
 
 def regressions(config, world):
@@ -472,7 +463,7 @@ def regressions(config, world):
             for step, head in zip(steps, heads, strict=True):
                 probe(step, lambda head=head: right_of(world, lambda s: head(found[s])))
 
-        return finish(config, world, path, run, steps, 1, attempt)
+        return er_study.recorded(config, world.bench, path, run, steps, 1, attempt)
 
     key = [found["train"], y, zero_shot.head.weight]
     heads = [lambda v: zero_shot.classify(v.to(device)).detach().cpu()]
