@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import faults
 import numpy as np
@@ -137,7 +136,7 @@ COUNTS = {
     "ImageNet-R": 4,
     "ObjectNet": 4,
 }
-VIT = "--model ViT-S-32 --pretrained random --epochs 1 --batch 8 --warmup 1 --lr 1e-4".split()
+VIT = "--model ViT-B-32 --pretrained random --epochs 1 --batch 8 --warmup 1 --lr 1e-4".split()
 
 
 def make_imagenet(root):
@@ -179,13 +178,13 @@ def imagenet_run(imagenet, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "clip_templates", lambda: clip_templates()[:5])
         yield out, *run("--data", imagenet, "--out", out, "--methods", "E2E-FT", *VIT)
-    shutil.rmtree(out)  # its checkpoint has 100 MB
+    shutil.rmtree(out)  # its checkpoint has 350 MB
 
 
 def test_an_imagenet_tree_gives_the_table_of_all_its_sets(imagenet_run):
     _, rows, text = imagenet_run
-    assert "MISSING" not in text
-    lines = text[: text.index("not in the paper's tables")].splitlines()
+    assert "paper, Table" in text and "MISSING" not in text
+    lines = text[: text.index("paper, Table")].splitlines()
     header = next(line for line in lines if line.startswith("method ") and "avg shift" in line)
     names = "method  test  ImageNet-V2  ImageNet-Sketch  ImageNet-A  ImageNet-R  ObjectNet"
     assert header.split() == f"{names}  avg shift  chosen".split()
@@ -195,14 +194,6 @@ def test_an_imagenet_tree_gives_the_table_of_all_its_sets(imagenet_run):
         share = [100 * x for x in shares(rows, method).values()]
         assert printed == pytest.approx([*share, sum(share[1:]) / 5], abs=0.051)
     assert failure_count(text)[1] == 9  # 12, and one of each class is held out
-
-
-@pytest.mark.parametrize(("model", "tables"), [("ViT-B-16", 1), ("ViT-B-32", 1), ("RN50", 0)])
-def test_an_imagenet_run_has_the_papers_tables_beside_its_own(imagenet_run, capsys, model, tables):
-    vrf.print_tables(vrf.Config(model=model), SimpleNamespace(kind="imagenet"), imagenet_run[1])
-    text = capsys.readouterr().out
-    assert ("paper, Table" in text) == bool(tables)
-    assert text.index("E2E-FT +VRF") < text.index("paper, Table" if tables else "oracle")
 
 
 def test_result_rows_parse_and_count_every_image(imagenet_run):
@@ -217,7 +208,7 @@ def test_result_rows_parse_and_count_every_image(imagenet_run):
         for v in r["right"].values():
             low, high = v["wilson95"]
             assert -1e-9 < low <= v["right"] / v["n"] + 1e-9 and v["right"] / v["n"] <= high + 1e-9
-        assert r["run"]["config"]["model"] == "ViT-S-32" and r["run"]["versions"]["torch"]
+        assert r["run"]["config"]["model"] == "ViT-B-32" and r["run"]["versions"]["torch"]
 
 
 def test_the_figure_has_its_numbers_beside_it(imagenet_run):
