@@ -180,6 +180,47 @@ def test_held_adam_is_adam_spd_where_the_gradient_changes_hands():
     assert equal(ours.parameters(), theirs.parameters())
 
 
+class LooksTwice(torch.optim.Optimizer):
+    """Gradient descent that calls its closure once more after the gradient it uses."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure):
+        params = self.param_groups[0]["params"]
+        closure()
+        grads = [p.grad.clone() for p in params]
+        closure()
+        for p, grad in zip(params, grads, strict=True):
+            p.sub_(grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_of_several_calls_of_a_closure_the_first_gradient_decides():
+    ends = []
+    for make, calls in ((LooksTwice, True), (torch.optim.SGD, False)):
+        for strength in (0.0, 1.0):
+            param = nn.Parameter(torch.ones(2))
+            optimiser, n = make([param], lr=1.0), 0
+            hold(optimiser, strength)
+            for back in ([-1.0, 0.0], [-1.0, 0.5], [1.0, 3.0], [-1.0, 0.5]):
+                grad = torch.tensor(back)
+
+                def closure(grad=grad, param=param):
+                    nonlocal n
+                    param.grad = -grad if n % 2 else grad.clone()
+                    n += 1
+
+                if calls:
+                    optimiser.step(closure)
+                else:
+                    param.grad = grad
+                    optimiser.step()
+            ends.append(param.detach().clone())
+    assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[3])
+    assert not torch.equal(ends[0], ends[1])
+
+
 def test_groups_added_later_are_held_too():
     model, radius = network(), {}
     for strength in (0.0, 2.0):
