@@ -23,7 +23,7 @@ import vrf
 from data import trajectories
 
 TINY = "--model tiny_clip --pretrained random --batch 8 --warmup 2 --device cpu --epochs 1".split()
-CAROT = "--methods FLYP,CaRot --micro-batch 3".split()
+CAROT = "--methods CaRot --micro-batch 3".split()
 SPD = "--jobs 1 --methods Adam-SPD --spd-lambda 1 --drop-path 0".split()  # masks are random
 STEPS = 20
 

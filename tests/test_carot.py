@@ -7,6 +7,7 @@ import json
 import math
 import re
 
+import faults
 import open_clip
 import pytest
 import torch
@@ -798,7 +799,11 @@ def test_defaults_are_the_papers_and_its_commands():
 # end to end
 
 
-def test_an_epoch_of_digits_prints_every_table_and_vrf_takes_the_model(tmp_path, capsys):
+def test_an_epoch_of_digits_prints_every_table_and_vrf_takes_the_model(
+    tmp_path, capsys, monkeypatch
+):
+    sets = {"train": 3000, "val": 400, "test": 2000, "uci": 300, "fonts": 300}
+    monkeypatch.setattr(common, "EMBEDDED", faults.few_digits(tmp_path / "digits", sets))
     words = "--epochs 1 --batch 128 --warmup 4 --device cpu --out".split() + [str(tmp_path)]
     rows = carot.main([*words, "--methods", "FLYP,CaRot"])
     text = capsys.readouterr().out
