@@ -1,18 +1,11 @@
 // Python's door to the kernels: plain pybind11, tensors come as addresses (integers), so that no
-// PyTorch header is parsed (torch/extension.h alone costs 27 s). Shapes, types and devices are
-// checked in Python, by common.kernels(). Every launcher returns None, or a sentence saying what
-// was wrong.
+// PyTorch header is parsed. Shapes, types and devices are checked in Python, by ops.py.
 #pragma GCC optimize("O0")  // it only hands integers on, and compiles 3 s sooner
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"
-#ifdef WITH_CUDA
-#include "binding_cuda.h"
-#endif
 
-namespace py = pybind11;
 using address = uintptr_t;
-using release_gil = py::call_guard<py::gil_scoped_release>;
 
 template <class T>
 T* at(address a) {
@@ -20,27 +13,39 @@ T* at(address a) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("best_instruction_set", &best_instruction_set);
-  m.def("has_instruction_set", &has_instruction_set);
-  m.def(
-      "knn_kth_distance_cpu",
-      [](address queries, int64_t n, address reference, int64_t rows, int64_t d, int64_t k,
-         const char* instruction_set, int threads, address out) {
-        return knn_kth_distance_cpu(at<float>(queries), n, at<float>(reference), rows, d, k,
-                                    instruction_set, threads, at<float>(out));
-      },
-      release_gil());
-  // table: int64 [count, 6], a row per tensor in the order of SpdTensor
-  m.def(
-      "spd_step_cpu",
-      [](address table, int64_t count, int bytes, int64_t step, double lr, double beta1,
-         double beta2, double eps, double spd_lambda, const char* instruction_set, int threads,
-         address sums) {
-        return spd_step_cpu(at<SpdTensor>(table), count, bytes, step, lr, beta1, beta2, eps,
-                            spd_lambda, instruction_set, threads, at<double>(sums));
-      },
-      release_gil());
+  using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("knn_kth_distance_levels", &knn_kth_distance_levels);
+  m.def("knn_kth_distance_cpu",
+        [](address queries, int64_t n, address reference, int64_t rows, int64_t d, int64_t k,
+           const char* level, int threads, address out) {
+          return knn_kth_distance_cpu(at<float>(queries), n, at<float>(reference), rows, d, k,
+                                      level, threads, at<float>(out));
+        }, release_gil());
+  m.def("spd_step_cpu",
+        [](address tensors, int64_t count, int bytes, int64_t step, double lr, double beta1,
+           double beta2, double eps, double spd_lambda, int threads, address conditions,
+           address sums) {
+          spd_step_cpu(at<SpdTensor>(tensors), count, bytes, step, lr, beta1, beta2, eps,
+                       spd_lambda, threads, at<double>(conditions), at<double>(sums));
+        }, release_gil());
 #ifdef WITH_CUDA
-  bind_cuda(m);
+  // The stream is torch.cuda.current_stream().cuda_stream; the caller holds the device guard.
+  m.def("knn_kth_distance_cuda_scratch", &knn_kth_distance_cuda_scratch);
+  m.def("knn_kth_distance_cuda",
+        [](address queries, int64_t n, address reference, int64_t rows, int64_t d, int64_t k,
+           address centre, address out, address scratch, address stream) {
+          return knn_kth_distance_cuda(at<float>(queries), n, at<float>(reference), rows, d, k,
+                                       at<float>(centre), at<float>(out), at<void>(scratch),
+                                       at<void>(stream));
+        }, release_gil());
+  m.def("spd_step_cuda",
+        [](address tensors, int64_t count, address chunk_tensor, int64_t chunks, int64_t step,
+           double lr, double beta1, double beta2, double eps, double spd_lambda, address partial,
+           address conditions, address report, address stream) {
+          return spd_step_cuda(at<SpdTensor>(tensors), count, at<int32_t>(chunk_tensor), chunks,
+                               step, lr, beta1, beta2, eps, spd_lambda, at<double>(partial),
+                               at<double>(conditions), at<double>(report), at<void>(stream));
+        }, release_gil());
+  m.attr("SPD_CHUNK") = int(SPD_CHUNK);
 #endif
 }

@@ -1,41 +1,66 @@
-// The CPU kernels in one page: raw pointers and sizes, no PyTorch header.
-//
-// Every launcher returns nullptr, or a sentence saying what was wrong (valid until the thread's
-// next call). Their references in PyTorch are vrf.kth_distance and the for-loop of spd.AdamSPD.
+// All C functions of this folder: raw pointers and sizes, so that no PyTorch header is parsed.
+// Their references in PyTorch: vrf.knn_kth_distance and spd.spd_step. Those that return text give
+// nullptr, or a sentence that says what was wrong (valid until the thread's next call).
 #pragma once
-#include <cstdint>
+#include <stdint.h>
 
-// Instruction sets in rising order; each is chosen at run time, nothing is compiled with
-// -march=native.
-//   portable    plain C++, fp32            any CPU the compiler knows
-//   avx2        AVX2 + FMA, fp32           x86 since 2013
-//   avx512      AVX-512, fp32              Intel Skylake-SP; chosen before avx512bf16 on Intel
-//   avx512bf16  bf16 dot products          AMD Zen 4, Intel Cooper Lake
-//   amx         bf16 tile products         Intel Sapphire Rapids
-extern "C" const char* best_instruction_set();  // the best one this CPU and kernel offer
-extern "C" bool has_instruction_set(const char* name);
+#ifdef __cplusplus
+extern "C" {
+#endif
 
-// Eq. (4) of VRF: distance of each query to its k-th nearest reference row, exact.
-//   queries [N, D], reference [M, D], out [N], all contiguous fp32; 1 <= k <= M; finite, norms
-//   below 5e17.
-extern "C" const char* knn_kth_distance_cpu(const float* queries, int64_t n, const float* reference,
-                                            int64_t m, int64_t d, int64_t k,
-                                            const char* instruction_set, int threads, float* out);
+// ---- CPU ----
 
-// One parameter tensor of SPD. anchor == nullptr means the zero anchor of the PEFT variant.
-struct SpdTensor {
+// Instruction sets that this CPU offers to k-NN, the best first, a blank between: amx avx512bf16 v4
+// v3 baseline. v3 and v4 are the levels of x86-64 (AVX2, AVX-512). Chosen at run time, nothing is
+// compiled with -march=native.
+const char* knn_kth_distance_levels();
+
+// VRF Eq. (4): exact distance of each query [n, d] to its k-th nearest row of reference [m, d].
+// All contiguous fp32; 1 <= k <= m; finite, norms below 5e17 (else the sentence names the row).
+const char* knn_kth_distance_cpu(const float* queries, int64_t n, const float* reference, int64_t m,
+                                 int64_t d, int64_t k, const char* level, int threads, float* out);
+
+// One parameter tensor of SPD: a row of a table of int64, [tensors, 7]. anchor: null means zeros.
+// first_chunk: sum over the tensors before this one of ceil(size / SPD_CHUNK); CUDA alone reads it.
+typedef struct {
   void* param;
   const void* anchor;
   const void* grad;
   void* exp_avg;
   void* exp_avg_sq;
   int64_t size;
-};
+  int64_t first_chunk;
+} SpdTensor;
 
-// One optimiser step of Adam + selective projection (SPD Eqs. 3, 4, 9), in place, for tensors of
-// one dtype: fp32 (bytes = 4) or fp64 (bytes = 8). `step` counts from 1. sums [count, 3] receives
-// S1, S2, S3 of each tensor (spd_step.cpp says what they are), or is nullptr.
-extern "C" const char* spd_step_cpu(const SpdTensor* tensors, int64_t count, int bytes,
-                                    int64_t step, double lr, double beta1, double beta2, double eps,
-                                    double spd_lambda, const char* instruction_set, int threads,
-                                    double* sums);
+// One step of Adam + selective projection (SPD Eqs. 3, 4, 9), in place, for tensors of one dtype:
+// fp32 (bytes = 4) or fp64 (bytes = 8). step counts from 1. conditions [count]: null, or c of
+// Alg. 2, read and written. sums [count, 3] receives S1, S2, S3 (spd_step.cpp), or is null.
+void spd_step_cpu(const SpdTensor* tensors, int64_t count, int bytes, int64_t step, double lr,
+                  double beta1, double beta2, double eps, double spd_lambda, int threads,
+                  double* conditions, double* sums);
+
+// ---- CUDA ----
+// All pointers are device pointers; `stream` is a cudaStream_t. A launcher only enqueues work: it
+// allocates nothing, never waits for the device, and may be captured into a CUDA graph.
+
+// As above, for finite rows (not checked: that would wait for the device). centre [d]: any row,
+// best about the mean of the reference. scratch: of the size that _scratch gives, aligned to 256
+// bytes.
+int64_t knn_kth_distance_cuda_scratch(int64_t n, int64_t m, int64_t d, int64_t k);
+const char* knn_kth_distance_cuda(const float* queries, int64_t n, const float* reference,
+                                  int64_t m, int64_t d, int64_t k, const float* centre, float* out,
+                                  void* scratch, void* stream);
+
+// Elements; a multiple of 4, so that a chunk of an aligned tensor is aligned.
+enum { SPD_CHUNK = 4096 };
+
+// As above, fp32. chunk_tensor[c] is the tensor that chunk c belongs to. partial: scratch
+// [chunks, 3]. report [count, 4] receives S1, S2, S3 and the factor f of Eq. (4).
+const char* spd_step_cuda(const SpdTensor* tensors, int64_t count, const int32_t* chunk_tensor,
+                          int64_t chunks, int64_t step, double lr, double beta1, double beta2,
+                          double eps, double spd_lambda, double* partial, double* conditions,
+                          double* report, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

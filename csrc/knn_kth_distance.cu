@@ -1,13 +1,11 @@
 // knn_kth_distance on CUDA: Euclidean distance of each query to its k-th nearest reference row (VRF
-// Eq. 4), exact. Reference in PyTorch: vrf.kth_distance.
+// Eq. 4), exact. Reference in PyTorch: vrf.knn_kth_distance.
 // queries [n, d], reference [m, d], both row-major fp32 -> [n] fp32.
 //
-// Naive form, any k: a block per query; the k-th smallest distance is found digit by digit (four
-// passes of a 256-bin histogram over the bits of the fp32 distance), with all distances computed
-// anew in each pass.
-//
-// Fast form, k <= 16384: five steps per batch of queries, no distance matrix in device memory.
-//   pack    both sides, centred by the mean of a sample (distances do not change), rounded to bf16;
+// Method, k <= 16384: five steps per batch of queries, no distance matrix in device memory. Larger
+// k, and the few queries that the filter cannot decide: brute force, a block per query, see
+// knn_brute_kernel.
+//   pack    both sides, centred by a given row (distances do not change), rounded to bf16;
 //           the lengths of the rounded rows and of what the rounding cut off. The reference is
 //           packed in a scattered order, so that any first part of it is a fair sample even where
 //           the rows are sorted by class.
@@ -27,13 +25,13 @@
 //           can have s > T + E. One with s' < T - 2 E is farther: k rows have s >= T - E. Those
 //           between are computed again by differences in fp64, and the k-th smallest of all is the
 //           answer. Where T - 2 E < bound, or a list ran over, or numbers overflowed, the filter
-//           has decided nothing: the naive form does that query.
+//           has decided nothing, and the query is done by brute force.
 //
 // Memory traffic: a tile of 128 queries x 128 rows is multiplied out of shared memory and ends in
 // registers; the reference is read once per 128 queries, mostly from L2. Scratch: the bf16 copies
 // and room for about 10 k survivors a query, 256 MiB of them at a time.
 // Result: exact distances are fp64 sums in one fixed order, rounded once. Survivors are appended in
-// any order, but a k-th smallest does not depend on it: repeatable bit for bit, both forms agree.
+// any order, but a k-th smallest does not depend on it: repeatable bit for bit.
 // sm_75 has no bf16 tensor cores: there the same code rounds to fp16.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -41,7 +39,7 @@
 #include <math.h>
 #include <mma.h>
 
-#include "kernels_cuda.h"
+#include "kernels.h"
 
 namespace {
 
@@ -107,9 +105,10 @@ __device__ Search choose_digit(unsigned* histogram, const Search& search, int sh
   return next;
 }
 
-// ---- naive form; `only` (may be null) marks the queries to do
+// ---- brute force: the k-th smallest distance digit by digit, all distances computed anew for each
+// of the four. `only` (may be null) marks the queries to do.
 __global__ void __launch_bounds__(kThreads)
-    knn_naive_kernel(const float* queries, int64_t n, const float* reference, int64_t m, int64_t d,
+    knn_brute_kernel(const float* queries, int64_t n, const float* reference, int64_t m, int64_t d,
                      int64_t k, const int* only, float* out) {
   __shared__ unsigned histogram[256];
   for (int64_t q = blockIdx.x; q < n; q += gridDim.x) {
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- fast form ----
+// ---- the five steps ----
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 typedef __half Narrow;
 __device__ float widen(Narrow value) { return __half2float(value); }
@@ -161,29 +160,28 @@ struct Survivor {
   float score;
 };
 
-// Mean of at most 256 rows. Any vector would do: a good one makes the band narrow.
-__global__ void __launch_bounds__(kThreads)
-    knn_centre_kernel(const float* reference, int64_t m, int64_t d, float* centre) {
-  const int64_t column = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (column >= d) return;
-  const int64_t sample = m < 256 ? m : 256;
-  float sum = 0.0f;
-  for (int64_t i = 0; i < sample; ++i) sum += reference[(i * m / sample) * d + column];
-  centre[column] = sum / float(sample);
-}
-
 __device__ double warp_sum(double value) {
   for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(kAllLanes, value, bits);
   return value;
 }
 __device__ float rounded_up(double value) { return float(value * (1.0 + 1e-6)); }
 
+// What the steps know of each query.
+struct Queries {
+  RowNorms* norms;
+  float* bound;
+  unsigned* counts;  // of its survivors, also of those for which there was no room
+  int* redo;         // 1: undecided
+  Survivor* survivors;  // [capacity] each
+  int64_t capacity;
+};
+
 // A warp per packed row p, which is row (p * stride) mod count; rows and columns beyond the end
-// become zeros. maxima is null for the queries.
+// become zeros. maxima is null for the queries, which are made ready here.
 __global__ void __launch_bounds__(kThreads)
     knn_pack_kernel(const float* rows, int64_t count, int64_t padded, int64_t d, int64_t padded_d,
                     int64_t stride, const float* centre, uint16_t* packed, RowNorms* norms,
-                    Maxima* maxima) {
+                    Maxima* maxima, Queries queries) {
   const int64_t p = blockIdx.x * int64_t(kWarps) + warp();
   if (p >= padded) return;
   const float* row = rows + (p < count ? p * stride % count : 0) * d;
@@ -203,7 +201,11 @@ __global__ void __launch_bounds__(kThreads)
   if (lane() != 0) return;
   norms[p] = {rounded_up(sqrt(full)), rounded_up(sqrt(rounded)), rounded_up(sqrt(residual)),
               float(full / 2.0)};
-  if (maxima != nullptr && p < count) {
+  if (maxima == nullptr) {
+    queries.bound[p] = -INFINITY;
+    queries.counts[p] = 0;
+    queries.redo[p] = 0;
+  } else if (p < count) {
     atomicMax(&maxima->rounded, __float_as_uint(norms[p].rounded));
     atomicMax(&maxima->residual, __float_as_uint(norms[p].residual));
     atomicMax(&maxima->half_square, __float_as_uint(norms[p].half_square));
@@ -221,20 +223,11 @@ __device__ float band(const RowNorms& x, const Maxima& maxima, int64_t d) {
   return rounded_up(x.full * residual + x.residual * rounded + double(d + 8) / 4194304.0 * largest);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    knn_begin_kernel(int64_t n, float* bound, unsigned* counts, int* redo) {
-  const int64_t q = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (q >= n) return;
-  bound[q] = -INFINITY;
-  counts[q] = 0;
-  redo[q] = 0;
-}
-
 // A block compares a tile of queries with one of packed reference rows, begin + 128 blockIdx.y on.
 __global__ void __launch_bounds__(kThreads, 2)
     knn_filter_kernel(const uint16_t* packed_queries, int64_t n, const uint16_t* packed_reference,
                       int64_t begin, int64_t m, int64_t padded_d, const RowNorms* reference_norms,
-                      const float* bound, int64_t capacity, unsigned* counts, Survivor* survivors) {
+                      Queries queries) {
   using namespace nvcuda::wmma;
   __shared__ __align__(32) Narrow tile_q[kTile * kPitch];
   __shared__ __align__(32) Narrow tile_r[kTile * kPitch];
@@ -301,9 +294,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int64_t q = first_q + warp_q + 16 * i + in_patch;
         if (q >= n || r >= m) continue;
         const float score = patch[warp()][in_patch * kPatchPitch + lane() % 16] - half_square;
-        if (score < bound[q]) continue;  // nearly always
-        const unsigned slot = atomicAdd(&counts[q], 1u);
-        if (slot < capacity) survivors[q * capacity + slot] = {unsigned(r), score};
+        if (score < queries.bound[q]) continue;  // nearly always
+        const unsigned slot = atomicAdd(&queries.counts[q], 1u);
+        if (slot < queries.capacity)
+          queries.survivors[q * queries.capacity + slot] = {unsigned(r), score};
       }
       __syncwarp();
     }
@@ -333,37 +327,35 @@ __device__ float rank_score(const Survivor* survivors, unsigned count, unsigned 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    knn_bound_kernel(const RowNorms* query_norms, const Maxima* maxima, int64_t d, unsigned rank,
-                     int64_t capacity, const unsigned* counts, const Survivor* survivors,
-                     float* bound) {
+    knn_bound_kernel(const Maxima* maxima, int64_t d, unsigned rank, Queries queries) {
   const int64_t q = blockIdx.x;
-  const unsigned count = counts[q];
+  const unsigned count = queries.counts[q];
   // the old bound stays; refine sees a list that ran over
-  if (count < rank || count > capacity) return;
-  const float best = rank_score(survivors + q * capacity, count, rank);
-  if (threadIdx.x == 0) bound[q] = fmaxf(bound[q], best - 2.0f * band(query_norms[q], *maxima, d));
+  if (count < rank || count > queries.capacity) return;
+  const float best = rank_score(queries.survivors + q * queries.capacity, count, rank);
+  if (threadIdx.x == 0)
+    queries.bound[q] = fmaxf(queries.bound[q], best - 2.0f * band(queries.norms[q], *maxima, d));
 }
 
 __global__ void __launch_bounds__(kThreads)
-    knn_refine_kernel(const float* queries, const float* reference, int64_t m, int64_t d,
-                      unsigned k, int64_t stride, const RowNorms* query_norms, const Maxima* maxima,
-                      const float* bound, int64_t capacity, const unsigned* counts,
-                      Survivor* survivors, int* redo, float* out) {
+    knn_refine_kernel(const float* rows, const float* reference, int64_t m, int64_t d, unsigned k,
+                      int64_t stride, const Maxima* maxima, Queries queries, float* out) {
   __shared__ unsigned histogram[256];
   const int64_t q = blockIdx.x;
-  const unsigned count = counts[q];
-  Survivor* list = survivors + q * capacity;
-  const float e = band(query_norms[q], *maxima, d);
-  bool decided = count >= k && count <= capacity && e < INFINITY;  // the same in all threads
+  const unsigned count = queries.counts[q];
+  Survivor* list = queries.survivors + q * queries.capacity;
+  const float e = band(queries.norms[q], *maxima, d);
+  // the same in all threads
+  bool decided = count >= k && count <= queries.capacity && e < INFINITY;
   float low = 0.0f, high = 0.0f;
   if (decided) {
     const float best = rank_score(list, count, k);
     low = best - 2.0f * e;
     high = best + 2.0f * e;
-    decided = low >= bound[q];
+    decided = low >= queries.bound[q];
   }
   if (!decided) {
-    if (threadIdx.x == 0) redo[q] = 1;
+    if (threadIdx.x == 0) queries.redo[q] = 1;
     return;
   }
   // Scores become distances: 0 for nearer than the k-th, the largest key for farther, exact for
@@ -376,7 +368,7 @@ __global__ void __launch_bounds__(kThreads)
     for (; open != 0; open &= open - 1) {  // the warp works on one lane's row at a time
       const int owner = __ffs(open) - 1;
       const int64_t row = __shfl_sync(kAllLanes, mine.row, owner) * stride % m;
-      const float distance = exact_distance(queries + q * d, reference + row * d, d);
+      const float distance = exact_distance(rows + q * d, reference + row * d, d);
       if (lane() == owner) key = __float_as_uint(distance);
     }
     if (i < count) list[i].row = key;
@@ -412,14 +404,11 @@ int64_t bound_rank(int64_t k, int64_t m, int64_t seen) {
 
 // Sizes, and where things lie in the scratch.
 struct Plan {
-  int64_t padded_m, padded_d, stride, capacity, batch, bytes;
+  int64_t padded_m, padded_d, stride, batch, bytes;
   Maxima* maxima;
-  float *centre, *bound;
-  uint16_t *reference, *queries;
-  RowNorms *reference_norms, *query_norms;
-  unsigned* counts;
-  int* redo;
-  Survivor* survivors;
+  uint16_t *reference, *packed_queries;
+  RowNorms* reference_norms;
+  Queries queries;
 };
 
 template <class T>
@@ -435,7 +424,7 @@ int64_t greatest_common_divisor(int64_t a, int64_t b) {
 Plan make_plan(int64_t n, int64_t m, int64_t d, int64_t k, void* scratch) {
   Plan plan;
   plan.padded_m = rounded_to(m, kTile);
-  plan.padded_d = rounded_to(d > 0 ? d : 1, kDepth);
+  plan.padded_d = rounded_to(d, kDepth);
   // golden section: first parts are spread evenly
   plan.stride = int64_t(double(m) * 0.6180339887) + 1;
   while (greatest_common_divisor(plan.stride, m) != 1) ++plan.stride;
@@ -446,22 +435,22 @@ Plan make_plan(int64_t n, int64_t m, int64_t d, int64_t k, void* scratch) {
     const int64_t next = seen * kGrowth < m ? seen * kGrowth : m;
     expected += 6.0 * double(bound_rank(k, m, seen)) * double(next - seen) / double(seen) + 64.0;
   }
-  plan.capacity = expected < double(m) ? int64_t(expected) : m;
+  const int64_t capacity = expected < double(m) ? int64_t(expected) : m;
   const int64_t fitting =
-      (int64_t(256) << 20) / (plan.capacity * int64_t(sizeof(Survivor))) / kTile * kTile;
+      (int64_t(256) << 20) / (capacity * int64_t(sizeof(Survivor))) / kTile * kTile;
   plan.batch = rounded_to(n, kTile) < 8192 ? rounded_to(n, kTile) : 8192;
   if (plan.batch > fitting) plan.batch = fitting > kTile ? fitting : kTile;
+  plan.queries.capacity = capacity;
   uintptr_t free = reinterpret_cast<uintptr_t>(scratch);
   place(plan.maxima, 1, free);
-  place(plan.centre, d, free);
   place(plan.reference, plan.padded_m * plan.padded_d, free);
   place(plan.reference_norms, plan.padded_m, free);
-  place(plan.queries, plan.batch * plan.padded_d, free);
-  place(plan.query_norms, plan.batch, free);
-  place(plan.bound, plan.batch, free);
-  place(plan.counts, plan.batch, free);
-  place(plan.redo, plan.batch, free);
-  place(plan.survivors, plan.batch * plan.capacity, free);
+  place(plan.packed_queries, plan.batch * plan.padded_d, free);
+  place(plan.queries.norms, plan.batch, free);
+  place(plan.queries.bound, plan.batch, free);
+  place(plan.queries.counts, plan.batch, free);
+  place(plan.queries.redo, plan.batch, free);
+  place(plan.queries.survivors, plan.batch * capacity, free);
   plan.bytes = int64_t(free - reinterpret_cast<uintptr_t>(scratch));
   return plan;
 }
@@ -470,85 +459,64 @@ unsigned blocks(int64_t items, int64_t per_block) {
   return unsigned((items + per_block - 1) / per_block);
 }
 
-const char* refusal(int64_t m, int64_t k) {
-  if (m > INT32_MAX) return "knn_kth_distance: more than 2^31 - 1 reference rows";
-  if (k < 1 || k > m)
-    return "knn_kth_distance: k must be at least 1 and at most the number of reference rows";
-  return nullptr;
-}
-
-const char* naive(const float* queries, int64_t n, const float* reference, int64_t m, int64_t d,
+const char* brute(const float* queries, int64_t n, const float* reference, int64_t m, int64_t d,
                   int64_t k, const int* only, float* out, cudaStream_t stream) {
   const unsigned grid = n < (1 << 20) ? unsigned(n) : 1u << 20;
-  knn_naive_kernel<<<grid, kThreads, 0, stream>>>(queries, n, reference, m, d, k, only, out);
+  knn_brute_kernel<<<grid, kThreads, 0, stream>>>(queries, n, reference, m, d, k, only, out);
   return launch_error();
+}
+
+// One batch: all slabs of the reference against n queries x.
+const char* search(const Plan& p, const float* x, int64_t n, const float* reference, int64_t m,
+                   int64_t d, int64_t k, const float* centre, float* out, cudaStream_t queue) {
+  const int64_t padded = rounded_to(n, kTile);
+  knn_pack_kernel<<<blocks(padded, kWarps), kThreads, 0, queue>>>(
+      x, n, padded, d, p.padded_d, 1, centre, p.packed_queries, p.queries.norms, nullptr,
+      p.queries);
+  for (int64_t seen = 0, end; seen < m; seen = end) {
+    end = seen == 0 ? kFirstSlab : seen * kGrowth;
+    const int64_t most = seen + int64_t(65535) * kTile;  // the grid's limit
+    if (end > most) end = most;
+    if (end > m) end = m;
+    const dim3 grid(blocks(n, kTile), blocks(end - seen, kTile));
+    knn_filter_kernel<<<grid, kThreads, 0, queue>>>(p.packed_queries, n, p.reference, seen, end,
+                                                    p.padded_d, p.reference_norms, p.queries);
+    if (const char* error = launch_error()) return error;
+    if (end == m) break;
+    knn_bound_kernel<<<unsigned(n), kThreads, 0, queue>>>(
+        p.maxima, d, unsigned(bound_rank(k, m, end)), p.queries);
+  }
+  knn_refine_kernel<<<unsigned(n), kThreads, 0, queue>>>(x, reference, m, d, unsigned(k), p.stride,
+                                                         p.maxima, p.queries, out);
+  if (const char* error = launch_error()) return error;
+  return brute(x, n, reference, m, d, k, p.queries.redo, out, queue);
 }
 
 }  // namespace
 
-extern "C" size_t knn_kth_distance_cuda_scratch(int64_t n, int64_t m, int64_t d, int64_t k) {
-  if (n == 0 || m == 0 || k > kLargestFastK) return 0;
-  return size_t(make_plan(n, m, d, k, nullptr).bytes);
-}
-
-extern "C" const char* knn_kth_distance_naive_cuda(const float* queries, int64_t n,
-                                                   const float* reference, int64_t m, int64_t d,
-                                                   int64_t k, float* out, void* stream) {
-  if (const char* error = refusal(m, k)) return error;
-  if (n == 0) return nullptr;
-  return naive(queries, n, reference, m, d, k, nullptr, out, static_cast<cudaStream_t>(stream));
+extern "C" int64_t knn_kth_distance_cuda_scratch(int64_t n, int64_t m, int64_t d, int64_t k) {
+  return n == 0 || k > kLargestFastK ? 0 : make_plan(n, m, d, k, nullptr).bytes;
 }
 
 extern "C" const char* knn_kth_distance_cuda(const float* queries, int64_t n,
                                              const float* reference, int64_t m, int64_t d,
-                                             int64_t k, float* out, void* scratch, void* stream) {
-  if (k > kLargestFastK || n == 0)
-    return knn_kth_distance_naive_cuda(queries, n, reference, m, d, k, out, stream);
-  if (const char* error = refusal(m, k)) return error;
+                                             int64_t k, const float* centre, float* out,
+                                             void* scratch, void* stream) {
+  if (m > INT32_MAX) return "knn_kth_distance: more than 2^31 - 1 reference rows";
+  if (n == 0) return nullptr;
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  if (k > kLargestFastK) return brute(queries, n, reference, m, d, k, nullptr, out, queue);
   const Plan p = make_plan(n, m, d, k, scratch);
-
-  if (d > 0) {
-    knn_centre_kernel<<<blocks(d, kThreads), kThreads, 0, queue>>>(reference, m, d, p.centre);
-    if (const char* error = launch_error()) return error;
-  }
   if (cudaMemsetAsync(p.maxima, 0, sizeof(Maxima), queue) != cudaSuccess) return launch_error();
   knn_pack_kernel<<<blocks(p.padded_m, kWarps), kThreads, 0, queue>>>(
-      reference, m, p.padded_m, d, p.padded_d, p.stride, p.centre, p.reference, p.reference_norms,
-      p.maxima);
+      reference, m, p.padded_m, d, p.padded_d, p.stride, centre, p.reference, p.reference_norms,
+      p.maxima, p.queries);
   if (const char* error = launch_error()) return error;
-
   for (int64_t done = 0; done < n; done += p.batch) {
-    const int64_t some = n - done < p.batch ? n - done : p.batch, padded = rounded_to(some, kTile);
-    const float* const x = queries + done * d;
-    knn_begin_kernel<<<blocks(some, kThreads), kThreads, 0, queue>>>(some, p.bound, p.counts,
-                                                                     p.redo);
-    knn_pack_kernel<<<blocks(padded, kWarps), kThreads, 0, queue>>>(
-        x, some, padded, d, p.padded_d, 1, p.centre, p.queries, p.query_norms, nullptr);
-    if (const char* error = launch_error()) return error;
-
-    for (int64_t seen = 0, end; seen < m; seen = end) {
-      end = seen == 0 ? kFirstSlab : seen * kGrowth;
-      if (end > seen + int64_t(65535) * kTile)
-        end = seen + int64_t(65535) * kTile;  // the grid's limit
-      if (end > m) end = m;
-      const dim3 grid(blocks(some, kTile), blocks(end - seen, kTile));
-      knn_filter_kernel<<<grid, kThreads, 0, queue>>>(p.queries, some, p.reference, seen, end,
-                                                      p.padded_d, p.reference_norms, p.bound,
-                                                      p.capacity, p.counts, p.survivors);
-      if (const char* error = launch_error()) return error;
-      if (end == m) break;
-      const unsigned rank = unsigned(bound_rank(k, m, end));
-      knn_bound_kernel<<<unsigned(some), kThreads, 0, queue>>>(
-          p.query_norms, p.maxima, d, rank, p.capacity, p.counts, p.survivors, p.bound);
-      if (const char* error = launch_error()) return error;
-    }
-    knn_refine_kernel<<<unsigned(some), kThreads, 0, queue>>>(
-        x, reference, m, d, unsigned(k), p.stride, p.query_norms, p.maxima, p.bound, p.capacity,
-        p.counts, p.survivors, p.redo, out + done);
-    if (const char* error = launch_error()) return error;
-    if (const char* error = naive(x, some, reference, m, d, k, p.redo, out + done, queue))
-      return error;
+    const int64_t some = n - done < p.batch ? n - done : p.batch;
+    const char* error = search(p, queries + done * d, some, reference, m, d, k, centre, out + done,
+                               queue);
+    if (error) return error;
   }
   return nullptr;
 }

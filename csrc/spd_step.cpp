@@ -1,9 +1,8 @@
 // spd_step: one step of Adam with selective projection decay (SPD), in place, for a list of
-// tensors. Reference in PyTorch: the for-loop of spd.AdamSPD. Per tensor, with w0 the anchor and D
-// = w - w0:
+// tensors. Reference in PyTorch: spd.spd_step. Per tensor, with w0 the anchor and D = w - w0:
 //   Adam      m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
 //             w~ = w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps);   u = w~ - w
-//   Eq. (3)   c_t = -S1,  S1 = sum g D
+//   Eq. (3)   c_t = -S1,  S1 = sum g D;   Alg. 2:  c_t = c_{t-1} - S1
 //   Eq. (9)   r_t = S3 / (gamma_t (gamma_t + gamma_{t-1})),  gamma_{t-1}^2 = S2,
 //             gamma_t^2 = S2 + S3,  S2 = sum D^2,  S3 = sum u (2 D + u):
 //             gamma_t - gamma_{t-1} without its cancellation
@@ -20,22 +19,24 @@
 // off by 2^-20 of the sum of the terms' sizes at most. Chunks are added in order: the same bits for
 // any number of threads and any instruction set.
 #include "kernels.h"
+#include "parallel.h"
 
-#include <algorithm>
+#include <barrier>
 #include <cmath>
 #include <cstring>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(NO_CLONES)
+// Compiled for both, the loader takes one. AVX-512 would bring nothing: memory is the limit.
+#define CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define CLONES
+#endif
 
-constexpr int64_t kChunk = 8192;       // elements a thread takes at a time: five arrays of 32 KiB
-constexpr int64_t kGroup =
-    3 << 19;  // elements whose w~ and w0 (12 MiB in fp32) should stay in the cache
+constexpr int64_t kChunk = 8192;     // elements a thread takes at a time: five arrays of 32 KiB
+constexpr int64_t kGroup = 1 << 19;  // elements whose w~ and w0 (4 MiB in fp32) stay cached
 constexpr int kLanes = 16;
 constexpr int64_t kBlock = 8 * kLanes;  // elements summed before fp64
 constexpr int64_t kAhead = 256;         // elements fetched ahead: a seventh less time on a Xeon
@@ -57,177 +58,134 @@ struct Chunk {
   int64_t size, tensor;
 };
 
-// Adam on kLanes elements, adding to the sums of a block.
-template <class T, bool anchored, class V>
-INLINE void adam(T* pw, const T* pw0, const T* pg, T* pm, T* pv, const Scalars<T>& s, V& gd, V& dd,
-                 V& uu) {
-  V w, w0 = {}, g, m, v, root;
-  std::memcpy(&w, pw, sizeof w);
-  if (anchored) std::memcpy(&w0, pw0, sizeof w0);
-  std::memcpy(&g, pg, sizeof g);
-  std::memcpy(&m, pm, sizeof m);
-  std::memcpy(&v, pv, sizeof v);
-  m += s.one_minus_beta1 * (g - m);
-  v = v * s.beta2 + s.one_minus_beta2 * g * g;
-  for (int l = 0; l < kLanes; ++l) root[l] = std::sqrt(v[l]);
-  const V moved = w - s.step_size * (m / (root * s.inverse_root2 + s.eps));
-  std::memcpy(pw, &moved, sizeof moved);
-  std::memcpy(pm, &m, sizeof m);
-  std::memcpy(pv, &v, sizeof v);
-  const V distance = w - w0, update = moved - w;
-  gd += g * distance;
-  dd += distance * distance;
-  uu += update * (distance + distance + update);
+// Adam on kLanes elements, whose terms of the three sums go to a lane each: the loop is what the
+// compiler makes vectors of.
+template <class T, bool anchored>
+INLINE void adam(T* __restrict w, const T* __restrict w0, const T* __restrict g, T* __restrict m,
+                 T* __restrict v, const Scalars<T>& s, T (&sums)[3][kLanes]) {
+  for (int l = 0; l < kLanes; ++l) {
+    const T before = w[l], distance = anchored ? before - w0[l] : before;
+    m[l] += s.one_minus_beta1 * (g[l] - m[l]);
+    v[l] = v[l] * s.beta2 + s.one_minus_beta2 * g[l] * g[l];
+    w[l] = before - s.step_size * (m[l] / (std::sqrt(v[l]) * s.inverse_root2 + s.eps));
+    const T update = w[l] - before;
+    sums[0][l] += g[l] * distance;
+    sums[1][l] += distance * distance;
+    sums[2][l] += update * (distance + distance + update);
+  }
 }
 
 // Pass A: Adam and the partial sums of one chunk.
 template <class T, bool anchored>
 INLINE Sums adam_chunk(const Chunk<T>& c, const Scalars<T>& s) {
-  typedef T V __attribute__((vector_size(kLanes * sizeof(T))));
-  double gd[kLanes] = {}, dd[kLanes] = {}, uu[kLanes] = {};
+  double totals[3][kLanes] = {};
   for (int64_t i = 0; i < c.size;) {
-    V a = {}, b = {}, e = {};
+    T sums[3][kLanes] = {};
     const int64_t end = std::min(c.size, i + kBlock);
     for (; i + kLanes <= end; i += kLanes) {
       for (const T* array : {(const T*)c.w, c.w0, c.g, (const T*)c.m, (const T*)c.v})
         __builtin_prefetch(array + i + kAhead);
-      adam<T, anchored>(c.w + i, anchored ? c.w0 + i : c.w0, c.g + i, c.m + i, c.v + i, s, a, b, e);
+      adam<T, anchored>(c.w + i, c.w0 + i, c.g + i, c.m + i, c.v + i, s, sums);
     }
     if (i < end) {  // the tail, filled up with elements that stay at 0
       T x[5][kLanes] = {}, *from[5] = {c.w, (T*)c.w0, (T*)c.g, c.m, c.v};
       for (T& v : x[4]) v = 1;
       for (int j = 0; j < 5; ++j)
         if (from[j]) std::memcpy(x[j], from[j] + i, (end - i) * sizeof(T));
-      adam<T, anchored>(x[0], x[1], x[2], x[3], x[4], s, a, b, e);
+      adam<T, anchored>(x[0], x[1], x[2], x[3], x[4], s, sums);
       for (int j : {0, 3, 4}) std::memcpy(from[j] + i, x[j], (end - i) * sizeof(T));
       i = end;
     }
-    for (int l = 0; l < kLanes; ++l) gd[l] += a[l], dd[l] += b[l], uu[l] += e[l];
+    for (int j = 0; j < 3; ++j)
+      for (int l = 0; l < kLanes; ++l) totals[j][l] += sums[j][l];
   }
   Sums total;
-  for (int l = 0; l < kLanes; ++l) total.gd += gd[l], total.dd += dd[l], total.uu += uu[l];
+  for (int l = 0; l < kLanes; ++l)
+    total.gd += totals[0][l], total.dd += totals[1][l], total.uu += totals[2][l];
   return total;
+}
+CLONES Sums pass_a(const Chunk<float>& c, const Scalars<float>& s) {
+  return c.w0 ? adam_chunk<float, true>(c, s) : adam_chunk<float, false>(c, s);
+}
+Sums pass_a(const Chunk<double>& c, const Scalars<double>& s) {
+  return c.w0 ? adam_chunk<double, true>(c, s) : adam_chunk<double, false>(c, s);
 }
 
 // Pass B: f of a tensor from its finished sums; 1 where Eq. (4) leaves the Adam step alone.
-double factor(const Sums& s, double spd_lambda) {
-  if (!(s.gd > 0 && s.uu > 0)) return 1;
+double factor(const Sums& s, double c, double spd_lambda) {
+  if (!(c < 0 && s.uu > 0)) return 1;  // NaN as well
   const double before = std::sqrt(s.dd), after = std::sqrt(s.dd + s.uu);
   return 1 - spd_lambda * s.uu / (after * (after + before));
 }
 
 // Pass C: w = w0 + f (w~ - w0) on one chunk.
-template <class T, bool anchored>
+template <class T>
 INLINE void project_chunk(const Chunk<T>& c, T f) {
-  for (int64_t i = 0; i < c.size; ++i) {
-    const T w0 = anchored ? c.w0[i] : T(0);
-    c.w[i] = w0 + f * (c.w[i] - w0);
-  }
+  if (c.w0)
+    for (int64_t i = 0; i < c.size; ++i) c.w[i] = c.w0[i] + f * (c.w[i] - c.w0[i]);
+  else
+    for (int64_t i = 0; i < c.size; ++i) c.w[i] *= f;
 }
+CLONES void pass_c(const Chunk<float>& c, float f) { project_chunk(c, f); }
+void pass_c(const Chunk<double>& c, double f) { project_chunk(c, f); }
 
 template <class T>
-struct InstructionSet {
-  const char* name;
-  Sums (*adam)(const Chunk<T>&, const Scalars<T>&);
-  void (*project)(const Chunk<T>&, T);
-};
-
-// The same source, compiled once per instruction set.
-#define PIECES(NAME, TARGET)                                                     \
-  template <class T>                                                             \
-  TARGET Sums adam_##NAME(const Chunk<T>& c, const Scalars<T>& s) {              \
-    return c.w0 ? adam_chunk<T, true>(c, s) : adam_chunk<T, false>(c, s);        \
-  }                                                                              \
-  template <class T>                                                             \
-  TARGET void project_##NAME(const Chunk<T>& c, T f) {                           \
-    return c.w0 ? project_chunk<T, true>(c, f) : project_chunk<T, false>(c, f);  \
+void step_all(const SpdTensor* tensors, int64_t count, const Scalars<T>& scalars, double spd_lambda,
+              int threads, double* conditions, double* sums) {
+  std::vector<Chunk<T>> chunks;
+  std::vector<int64_t> groups = {0};  // where each begins in `chunks`, and the end
+  for (int64_t t = 0, elements = 0; t < count; ++t) {
+    const SpdTensor& x = tensors[t];
+    if (elements && elements + x.size > kGroup) groups.push_back(chunks.size()), elements = 0;
+    elements += x.size;
+    for (int64_t i = 0; i < x.size; i += kChunk)
+      chunks.push_back({(T*)x.param + i, x.anchor ? (const T*)x.anchor + i : nullptr,
+                        (const T*)x.grad + i, (T*)x.exp_avg + i, (T*)x.exp_avg_sq + i,
+                        std::min(kChunk, x.size - i), t});
   }
+  groups.push_back(chunks.size());
+  std::vector<Sums> parts(chunks.size()), totals(count);
+  std::vector<T> f(count, T(1));
+  threads = int(std::clamp<int64_t>(chunks.size() / 8, 1, std::max(threads, 1)));
+  size_t group = 0;  // at work
 
-PIECES(portable, )
-#if defined(__x86_64__)
-PIECES(avx2, __attribute__((target("avx2,fma"))))
-PIECES(avx512, __attribute__((target("avx512f,avx512dq,avx512vl,prefer-vector-width=512"))))
-#endif
-
-template <class T>
-InstructionSet<T> choose(const char* name) {
-#if defined(__x86_64__)
-  if (!std::strcmp(name, "amx") || !std::strncmp(name, "avx512", 6))
-    return {name, adam_avx512<T>, project_avx512<T>};
-  if (!std::strcmp(name, "avx2")) return {name, adam_avx2<T>, project_avx2<T>};
-#endif
-  return {name, adam_portable<T>, project_portable<T>};
-}
-
-template <class T>
-void step_all(const SpdTensor* tensors, int64_t count, int64_t step, double lr, double beta1,
-              double beta2, double eps, double spd_lambda, const InstructionSet<T>& set,
-              int threads, double* sums_out) {
-  const Scalars<T> scalars = {T(1 - beta1),
-                              T(beta2),
-                              T(1 - beta2),
-                              T(eps),
-                              T(lr / (1 - std::pow(beta1, step))),
-                              T(1 / std::sqrt(1 - std::pow(beta2, step)))};
-  std::vector<Chunk<T>> chunks;  // of the group at work
-  std::vector<Sums> parts;
-  std::vector<T> f;
-  for (int64_t first = 0, last = 0; first < count; first = last) {
-    chunks.clear();
-    for (int64_t elements = 0; last < count; ++last) {
-      const SpdTensor& t = tensors[last];
-      if (last > first && elements + t.size > kGroup) break;
-      elements += t.size;
-      for (int64_t i = 0; i < t.size; i += kChunk) {
-        chunks.push_back({(T*)t.param + i, t.anchor ? (const T*)t.anchor + i : nullptr,
-                          (const T*)t.grad + i, (T*)t.exp_avg + i, (T*)t.exp_avg_sq + i,
-                          std::min(kChunk, t.size - i), last - first});
-      }
+  std::barrier between_visits(threads, [&]() noexcept {  // by one thread, the others wait
+    for (int64_t i = groups[group]; i < groups[group + 1]; ++i) {
+      const int64_t t = chunks[i].tensor;
+      totals[t].gd += parts[i].gd, totals[t].dd += parts[i].dd, totals[t].uu += parts[i].uu;
+      if (i + 1 < groups[group + 1] && chunks[i + 1].tensor == t) continue;
+      const double c = (conditions ? conditions[t] : 0) - totals[t].gd;
+      f[t] = T(factor(totals[t], c, spd_lambda));
+      if (conditions) conditions[t] = c;
     }
-    const int64_t n = int64_t(chunks.size());
-    parts.resize(n);
-    f.assign(last - first, T(1));
-#pragma omp parallel num_threads(threads)
-    {
-      int64_t begin = 0, end = n;  // this thread's chunks, in both visits
-#ifdef _OPENMP
-      begin = n * omp_get_thread_num() / omp_get_num_threads();
-      end = n * (omp_get_thread_num() + 1) / omp_get_num_threads();
-#endif
-      for (int64_t i = begin; i < end; ++i) parts[i] = set.adam(chunks[i], scalars);
-#pragma omp barrier
-#pragma omp single
-      for (int64_t i = 0, tensor; i < n;) {
-        Sums total;
-        for (tensor = chunks[i].tensor; i < n && chunks[i].tensor == tensor; ++i)
-          total.gd += parts[i].gd, total.dd += parts[i].dd, total.uu += parts[i].uu;
-        f[tensor] = T(factor(total, spd_lambda));
-        if (sums_out) std::memcpy(sums_out + 3 * (first + tensor), &total, sizeof total);
-      }
+    ++group;
+  });
+  parallel(threads, threads, [&](int64_t thread) {
+    for (size_t g = 0; g + 1 < groups.size(); ++g) {
+      const int64_t size = groups[g + 1] - groups[g];  // this thread's chunks, in both visits:
+      const int64_t begin = groups[g] + size * thread / threads;
+      const int64_t end = groups[g] + size * (thread + 1) / threads;
+      for (int64_t i = begin; i < end; ++i) parts[i] = pass_a(chunks[i], scalars);
+      between_visits.arrive_and_wait();
       for (int64_t i = end - 1; i >= begin; --i)  // last chunk first: it is still in the cache
-        if (f[chunks[i].tensor] != 1) set.project(chunks[i], f[chunks[i].tensor]);
+        if (f[chunks[i].tensor] != 1) pass_c(chunks[i], f[chunks[i].tensor]);
     }
-  }
+  });
+  if (sums) std::memcpy(sums, totals.data(), count * sizeof(Sums));
 }
 
 }  // namespace
 
-extern "C" const char* spd_step_cpu(const SpdTensor* tensors, int64_t count, int bytes,
-                                    int64_t step, double lr, double beta1, double beta2, double eps,
-                                    double spd_lambda, const char* instruction_set, int threads,
-                                    double* sums) {
-  if (!has_instruction_set(instruction_set))
-    return "spd_step: this CPU does not offer the instruction set asked for";
-  if (step < 1) return "spd_step: step counts from 1";
-  threads = std::max(threads, 1);
-  if (bytes == 4) {
-    step_all<float>(tensors, count, step, lr, beta1, beta2, eps, spd_lambda,
-                    choose<float>(instruction_set), threads, sums);
-  } else if (bytes == 8) {
-    step_all<double>(tensors, count, step, lr, beta1, beta2, eps, spd_lambda,
-                     choose<double>(instruction_set), threads, sums);
-  } else {
-    return "spd_step: elements must be fp32 (4 bytes) or fp64 (8 bytes)";
-  }
-  return nullptr;
+extern "C" void spd_step_cpu(const SpdTensor* tensors, int64_t count, int bytes, int64_t step,
+                             double lr, double beta1, double beta2, double eps, double spd_lambda,
+                             int threads, double* conditions, double* sums) {
+  const double size = lr / (1 - std::pow(beta1, step));
+  const double root2 = std::sqrt(1 - std::pow(beta2, step));
+  const Scalars<double> s = {1 - beta1, beta2, 1 - beta2, eps, size, 1 / root2};
+  const Scalars<float> single = {float(s.one_minus_beta1), float(s.beta2), float(s.one_minus_beta2),
+                                 float(s.eps), float(s.step_size), float(s.inverse_root2)};
+  if (bytes == 4)
+    step_all(tensors, count, single, spd_lambda, threads, conditions, sums);
+  else
+    step_all(tensors, count, s, spd_lambda, threads, conditions, sums);
 }

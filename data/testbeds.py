@@ -1,18 +1,21 @@
-"""Testbeds: which images each of many published models gets right, at home (ID) and under shift.
+"""Testbeds: how many of the test images, at home (ID) and under shift, each of many models gets
+right. Effective robustness is measured against them.
 
-`data/testbeds/*.csv` holds counts (sources and licences: data/README.md), so that effective
-robustness of real models needs no image and no download:
+`data/testbeds/` holds four (sources and licences: data/README.md). Of published models there are
+counts, so that the effective robustness of real models needs no image and no download:
 
     cifar10       30 models of Recht et al. 2018: CIFAR-10, CIFAR-10.1 v4 and v6
     imagenet      66 models of Recht et al. 2019: ImageNet val, three variants of ImageNetV2
     imagenet2020  85 models of Taori et al. 2020 trained on ImageNet alone; beside them, never in a
                   baseline, CLIP zero-shot, BiT and checkpoints of trainings from scratch
+    digits        40 networks of lab/digits_testbed.py on the embedded digits, image by image
 
-`read` also takes the public files these came from: the 2020 table (`robustness_top1s.csv`, percent)
-and per-example tables (.npz: `models`, per set packed bits and `<set>/n`).
+`read` takes the public files that these came from as well: the 2020 table (`robustness_top1s.csv`,
+in percent) and per-example tables (.npz: `models`; of each set packed bits, and `<set>/n`).
 """
 
 import csv
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -21,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from scipy.special import logit
 
-import common
+from data.trees import InputError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent / "testbeds"
-EMBEDDED = ("cifar10", "imagenet", "imagenet2020")
+PUBLISHED = ("cifar10", "imagenet", "imagenet2020")
 ID_OF = {  # a shift with part of the classes goes with ID images of the same classes
     "cifar10.1-v4": "cifar10",
     "cifar10.1-v6": "cifar10",
@@ -42,15 +45,16 @@ BROKEN = {  # 28.3 % on ImageNet val, 2.5 to 3.2 % on every V2 set
 
 @dataclass
 class Testbed:
-    """right[set]: bool [M, N], a row per model, if known by image; else k[set] of n[set] images,
-    [M], nan where a model was not evaluated. `studied`: models that no baseline may contain.
+    """k[set]: [M], how many of the n[set] images each model gets right, nan where it was not tried.
+    right[set]: bool [M, N], which ones, if that is known. `studied`: models that no baseline may
+    contain.
     """
 
     name: str
     models: list
     n: dict
     k: dict
-    id_of: dict
+    id_of: dict  # shift -> its ID set
     right: dict = field(default_factory=dict)
     studied: tuple = ()
 
@@ -60,8 +64,8 @@ class Testbed:
 
     def row(self, model):
         if model not in self.models:
-            hint = common.did_you_mean(model, self.models)
-            raise common.InputError(f"testbed {self.name} has no model {model!r}{hint}")
+            hint = did_you_mean(model, self.models)
+            raise InputError(f"testbed {self.name} has no model {model!r}{hint}")
         return self.models.index(model)
 
 
@@ -72,84 +76,76 @@ def known_by_image(name, models, right, id_of, studied=()):
     return Testbed(name, list(models), n, k, id_of, right, tuple(studied))
 
 
+# --- files ----------------------------------------------------------------------------------------
+
+
 def read(path):
-    """Testbed from one of EMBEDDED, or from a public file. Raises InputError."""
-    if str(path) in EMBEDDED:
-        return read_counts(FOLDER / f"{path}.csv")
-    path = Path(path)
+    """Testbed of data/testbeds by its name, or of a file: .npz, the 2020 table, or one of `write`.
+    Raises InputError by line and column.
+    """
+    embedded = {name: FOLDER / f"{name}.csv" for name in PUBLISHED}
+    embedded["digits"] = FOLDER / "digits.npz"
+    path = Path(embedded.get(str(path), path)).expanduser()
     if not path.is_file() or path.suffix not in (".csv", ".npz"):
-        known = ", ".join(EMBEDDED)
-        raise common.InputError(
-            f"--testbed {path}: expected all, {known}, or a file .csv (the 2020 table) or .npz"
-        )
-    return read_bits(path) if path.suffix == ".npz" else read_table(path)
+        known = ", ".join(embedded)
+        raise InputError(f"--testbed {path}: expected all, {known}, or a file, .csv or .npz")
+    if path.suffix == ".npz":
+        return read_bits(path)
+    return read_counts(path) if "role" in header_of(path) else read_percent(path)
 
 
 def read_counts(path):
-    """Our own form: model, role, then a column `set:n` of counts for each set."""
-    try:
-        rows = rows_of(path)
-        sets = {column.split(":")[0]: column for column in list(rows[0])[2:]}
-        n = {s: int(column.split(":")[1]) for s, column in sets.items()}
-        k = {s: np.array([float(r[c] or "nan") for r in rows]) for s, c in sets.items()}
-        studied = tuple(r["model"] for r in rows if r["role"] == "studied")
-    except (ValueError, LookupError, TypeError) as error:
-        reason = common.first_line(error)
-        raise common.InputError(f"{path} is no testbed.csv of a run ({reason})") from error
+    """The form of `write`: model, role, then a column `set:n` of counts for each set."""
+    n = {}
+    for column in (c for c in header_of(path) if c not in ("model", "role")):
+        name, _, images = column.rpartition(":")
+        if not (name and images.isdecimal() and int(images)):
+            raise InputError(f"{path}, column {column!r}: expected model, role, or SET:IMAGES")
+        n[name] = int(images)
+    columns = {"model": text, "role": role} | {f"{s}:{n[s]}": count_of(n[s]) for s in n}
+    rows = [row for _, row in read_csv(path, columns, unique=["model"])]
+    k = {s: np.array([r[f"{s}:{n[s]}"] for r in rows]) for s in n}
+    studied = tuple(r["model"] for r in rows if r["role"] == "studied")
     return Testbed(path.stem, [r["model"] for r in rows], n, k, pairs(n), {}, studied)
 
 
-def rows_of(path):
-    """Rows of a CSV file as dicts of text. Raises InputError."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise common.InputError(f"{path} cannot be read ({common.first_line(error)})") from error
-
-
-def read_table(path):
+def read_percent(path):
     """The 2020 table: percent per setting. Its models and their roles are those of imagenet2020."""
     known = read("imagenet2020")
-    rows = {r.get("model"): r for r in rows_of(path)}
-    columns = set().union(*rows.values()) if rows else set()
-    if lacking := [c for c in ("model", *known.n) if c not in columns]:
-        raise common.InputError(f"{path}: no column {lacking[0]!r}; expected the 2020 table")
+    columns = {"model": text} | dict.fromkeys(known.n, percent)
+    rows = {row["model"]: row for _, row in read_csv(path, columns, unique=["model"])}
     if lacking := [m for m in known.models if m not in rows]:
-        raise common.InputError(f"{path}: no model {lacking[0]!r}; expected the 2020 table")
-    percent = {s: [number(rows[m][s], f"{path}, {m}") for m in known.models] for s in known.n}
-    k = {s: np.round(np.array(p) * known.n[s] / 100) for s, p in percent.items()}
+        raise InputError(f"{path}: no model {lacking[0]!r}; expected the 2020 table")
+    k = {}
+    for s, n in known.n.items():
+        found = np.array([rows[m][s] for m in known.models])
+        if np.nanmax(found) <= 1:
+            raise InputError(f"{path}, column {s}: nothing is above 1 %; shares, not percent?")
+        k[s] = np.round(found * n / 100)
     return Testbed(path.stem, known.models, known.n, k, known.id_of, {}, known.studied)
-
-
-def number(text, where):
-    """Percent as a number; nan for an empty cell."""
-    try:
-        value = float(text or "nan")
-        if text and not 0 <= value <= 100:
-            raise ValueError
-    except ValueError as error:
-        raise common.InputError(f"{where}: {text!r} is no number from 0 to 100") from error
-    return value
 
 
 def read_bits(path):
     """Per-example correctness. Models known to be broken are left out, with a sentence."""
     try:
         with np.load(path, allow_pickle=False) as z:
-            names = [str(m) for m in z["models"]]
-            sets = [s for s in z.files if s + "/n" in z.files]
-            right = {s: np.unpackbits(z[s], axis=1)[:, : int(z[s + "/n"])] == 1 for s in sets}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = common.first_line(error)
-        raise common.InputError(f"{path} is no per-example testbed ({reason})") from error
-    for name in set(names) & set(BROKEN):
-        print(f"{path}: {name} is left out: {BROKEN[name]}")
-    kept = [i for i, name in enumerate(names) if name not in BROKEN]
-    if not right or any(len(r) != len(names) for r in right.values()):
-        raise common.InputError(f"{path} is no per-example testbed (no set of all its models)")
+            names = [str(model) for model in z["models"]]
+            studied = [str(model) for model in z["studied"]] if "studied" in z else []
+            title = str(z["name"]) if "name" in z else path.stem
+            packed = {s: (z[s], int(z[s + "/n"])) for s in z.files if s + "/n" in z.files}
+        shape = {s: (len(names), math.ceil(n / 8)) for s, (_, n) in packed.items()}
+        if wrong := [s for s, (bits, n) in packed.items() if n < 1 or bits.shape != shape[s]]:
+            raise ValueError(f"{wrong[0]} is not of {len(names)} models and its number of images")
+        if not packed or len(set(names)) < len(names):
+            raise ValueError("a model is there twice" if packed else "it has no set")
+        right = {s: np.unpackbits(bits, axis=1)[:, :n] == 1 for s, (bits, n) in packed.items()}
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no per-example testbed ({error})") from error
+    for model in set(names) & set(BROKEN):
+        print(f"{path}: {model} is left out: {BROKEN[model]}")
+    kept = [i for i, model in enumerate(names) if model not in BROKEN]
     right = {s: r[kept] for s, r in right.items()}
-    return known_by_image(path.stem, [names[i] for i in kept], right, pairs(right))
+    return known_by_image(title, [names[i] for i in kept], right, pairs(right), studied)
 
 
 def pairs(sets):
@@ -159,45 +155,126 @@ def pairs(sets):
     return known or dict.fromkeys(others, first)
 
 
-def restricted(testbed, shifts):
-    """The part of a testbed that some of its shifts need."""
-    id_of = {ood: testbed.id_of[ood] for ood in shifts}
-    sets = [s for s in testbed.n if s in {*id_of, *id_of.values()}]
-    n, k = ({s: part[s] for s in sets} for part in (testbed.n, testbed.k))
-    right = {s: testbed.right[s] for s in sets if testbed.right}
-    return Testbed(testbed.name, testbed.models, n, k, id_of, right, testbed.studied)
+def write(testbed, path):
+    """The file that `read` reads: of bits where the testbed is known by image, else of counts."""
+    if testbed.right:
+        packed = {s: np.packbits(right, axis=1) for s, right in testbed.right.items()}
+        sizes = {f"{s}/n": n for s, n in testbed.n.items()}
+        with open(path, "wb") as file:
+            names = {"models": testbed.models, "studied": np.array(testbed.studied, str)}
+            np.savez_compressed(file, name=testbed.name, **names, **packed, **sizes)
+        return
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["model", "role", *(f"{s}:{n}" for s, n in testbed.n.items())])
+        for i, model in enumerate(testbed.models):
+            counts = ("" if np.isnan(k[i]) else int(k[i]) for k in testbed.k.values())
+            role = "studied" if model in testbed.studied else "testbed"
+            out.writerow([model, role, *counts])
 
 
-def joined(a, b):
-    """Two testbeds known by counts as one, models by name; nan where one has not the model."""
-    models = list(dict.fromkeys([*a.models, *b.models]))
-    k = {}
-    for part in (a, b):
-        rows = [models.index(m) for m in part.models]
-        for s, counts in part.k.items():
-            k[s] = np.full(len(models), np.nan)
-            k[s][rows] = counts
-    studied = tuple(dict.fromkeys([*a.studied, *b.studied]))
-    name = f"{a.name} and {b.name}"
-    return Testbed(name, models, a.n | b.n, k, a.id_of | b.id_of, {}, studied)
+# --- CSV by a schema: a wrong number is refused where it stands, instead of computed with ---------
 
 
-def write_counts(testbed, path):
-    """The form that `read_counts` reads."""
-
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file, lineterminator="\n")
-            out.writerow(["model", "role", *(f"{s}:{n}" for s, n in testbed.n.items())])
-            for i, m in enumerate(testbed.models):
-                role = "studied" if m in testbed.studied else "testbed"
-                counts = (k[i] for k in testbed.k.values())
-                out.writerow([m, role, *("" if np.isnan(k) else int(k) for k in counts)])
-
-    common.try_write(path, write)
+def header_of(path):
+    """Names of the columns of a CSV file. Raises InputError."""
+    return next(lines_of(path), (1, []))[1]
 
 
-# --- redrawing models and images: intervals (ours) ---
+def lines_of(path):
+    """Yields (number, cells) of the lines of a CSV file that are not empty; a byte-order mark is
+    skipped. Raises InputError.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            for cells in reader:
+                if cells:
+                    yield reader.line_num, cells
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+
+
+def read_csv(path, columns, unique):
+    """[(line, {column: value})] of a CSV file, of the columns that are asked for.
+
+    columns: {name: function from a cell's text to its value}, which raises ValueError with what it
+    expected; unique: columns whose values together stand in one row only. Raises InputError by line
+    and column.
+    """
+    header, rows, seen = header_of(path), [], {}
+    for name in columns:
+        if header.count(name) != 1:
+            found = f"no column {name!r}" if name not in header else f"two columns {name!r}"
+            raise InputError(f"{path}: {found}; it has {', '.join(header)[:200] or 'no line'}")
+    for line, cells in list(lines_of(path))[1:]:
+        if len(cells) != len(header):
+            raise InputError(f"{path}, line {line}: {len(cells)} cells under {len(header)} columns")
+        row = {}
+        for name, cell in zip(header, cells, strict=True):
+            try:
+                row |= {name: columns[name](cell)} if name in columns else {}
+            except ValueError as error:
+                problem = f"{path}, line {line}, column {name}: {cell!r}, {error}"
+                raise InputError(problem) from None
+        key = tuple(row[name] for name in unique)
+        if key in seen:
+            raise InputError(f"{path}, line {line}: {key} is in line {seen[key]}, too")
+        seen[key] = line
+        rows.append((line, row))
+    return rows
+
+
+def text(cell):
+    if not cell.strip():
+        raise ValueError("expected a name")
+    return cell
+
+
+def role(cell):
+    if cell not in ("testbed", "studied"):
+        raise ValueError("expected testbed or studied")
+    return cell
+
+
+def whole(cell):
+    """A count."""
+    if not (cell.isascii() and cell.isdigit()):
+        raise ValueError("expected a whole number, 0 or more")
+    return int(cell)
+
+
+def number(cell):
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.inf
+    if math.isinf(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
+def percent(cell):
+    """From 0 to 100; nan where not evaluated."""
+    value = number(cell or "nan")
+    if value < 0 or value > 100:
+        raise ValueError("expected percent, from 0 to 100")
+    return value
+
+
+def count_of(n):
+    """Function that reads a count of at most n; nan where not evaluated."""
+
+    def parse(cell):
+        value = whole(cell) if cell else math.nan
+        if value > n:
+            raise ValueError(f"expected at most {n}, the number of images")
+        return float(value)
+
+    return parse
+
+
+# --- redrawing models and images: intervals (ours) ------------------------------------------------
 
 
 def slopes(x, y):
@@ -237,20 +314,22 @@ def redraw(testbed, draws, seed=0):
     # Differs (E2): how the paper's error bars are drawn is not known to us
     rng = np.random.default_rng(seed)
     rows = [i for i, m in enumerate(testbed.models) if m not in testbed.studied]
-    who = np.arange(draws)[:, None], rng.integers(len(rows), size=(draws, len(rows)))
+    drawn_models = np.arange(draws)[:, None], rng.integers(len(rows), size=(draws, len(rows)))
     accuracies, weights = {}, {}
     for name, n in testbed.n.items():
         if testbed.right:
             w = rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.float32)
-            accuracies[name] = (w @ testbed.right[name][rows].T.astype(np.float32) / n)[who]
+            found = w @ testbed.right[name][rows].T.astype(np.float32) / n
             weights[name] = w
         else:
             k = testbed.k[name][rows]
-            drawn = rng.binomial(n, np.nan_to_num(k) / n, (draws, len(rows))) / n
-            accuracies[name] = np.where(np.isnan(k), np.nan, drawn)[who]
-    pairs = {ood: (accuracies[i], accuracies[ood]) for ood, i in testbed.id_of.items()}
-    return Redraws({s: slopes(logit(a), logit(b)) for s, (a, b) in pairs.items()}, weights)
+            found = rng.binomial(n, np.nan_to_num(k) / n, (draws, len(rows))) / n
+            found = np.where(np.isnan(k), np.nan, found)
+        accuracies[name] = found[drawn_models]
+    sets = {ood: (accuracies[at_home], accuracies[ood]) for ood, at_home in testbed.id_of.items()}
+    return Redraws({s: slopes(logit(a), logit(b)) for s, (a, b) in sets.items()}, weights)
 
 
 def interval(draws):
+    """95 %, from draws [R]."""
     return tuple(float(x) for x in np.nanquantile(draws, [0.025, 0.975]))

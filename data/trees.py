@@ -1,7 +1,7 @@
 """Where the public data sets lie on disk, and how their classes map onto the training classes.
 
-`common.open_data` calls `find`, which returns `common.Data`: arrays, or lists of files that nobody
-has opened yet. Every error says what was found, what was expected, and the next step.
+`common.open_data` calls `find`, which returns `Data`: arrays, or lists of files that nobody has
+opened yet. Every error says what was found, what was expected, and the next step.
 """
 
 import codecs
@@ -10,28 +10,32 @@ import json
 import os
 import pickle
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import common
+FOLDER = Path(__file__).resolve().parent
 
-IMAGE_TYPES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_TYPES = tuple(  # what Pillow reads by itself and people keep images in
+    """.jpeg .jpg .jpe .jfif .png .webp .avif .jp2 .bmp .gif .tif .tiff .tga .ppm .pgm .pbm .pnm
+    """.split()
+)
+LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini", "lost+found")  # by operating systems
 WNID = r"n\d{8}"
 NUMBER = r"\d{1,3}"
 IMAGENET_ROOTS = ("", "imagenet", "ImageNet", "imagenet-1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
-IMAGENET_VAL = ("val_in_folder", "val_dirs", "val")
+VAL = ("val_in_folder", "val_dirs", "val", "valid", "validation", "dev")  # usual names
+# Parts and copies of the training and validation sets are no shift, though their classes fit.
+NO_SHIFT = r"(train|training|val|valid|validation|dev)\d*([ _.-].*)?|.*[ _.-](backup|copy|old|orig)"
 # In the order of the papers' columns: usual folder names (compared without case and punctuation, of
 # several the first is used), what such a folder holds, published number of images.
 IMAGENET_SHIFTS = {
     "ImageNet-V2": (
-        [
-            f"imagenetv2-{variant}{suffix}"
-            for variant in ("matched-frequency", "threshold0.7", "top-images")
-            for suffix in ("", "-format-val")
-        ]
-        + ["imagenetv2"],
+        """imagenetv2-matched-frequency imagenetv2-matched-frequency-format-val
+        imagenetv2-threshold0.7 imagenetv2-threshold0.7-format-val imagenetv2-top-images
+        imagenetv2-top-images-format-val imagenetv2""".split(),
         NUMBER,
         10_000,
     ),
@@ -58,10 +62,58 @@ CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 STL10 = "airplane bird automobile cat deer dog horse monkey ship truck".split()  # "car" there
 
 
+class InputError(ValueError):
+    """The user gave something wrong: what was found, what was expected, the next step."""
+
+
+@dataclass
+class Split:
+    """One set of images: files in class folders, or one embedded array."""
+
+    name: str  # "ImageNet-R", "val", "STL-10" ...
+    path: str  # where it was found, for the table and the errors
+    images: list | np.ndarray  # file paths, or uint8 [N, H, W] / [N, H, W, 3]
+    labels: torch.Tensor  # [N] int64, index into the set's own classes (after `project`)
+    groups: list[list[int]] | None = None  # set class -> training class ids; None: all classes
+    border: int = 0  # pixels cut off each side first (ObjectNet: 2)
+    expected: int | None = None  # published number of images
+    notes: list[str] = field(default_factory=list)  # what was left out of it, a line each
+    unreadable: set = field(default_factory=set, init=False)  # indices, found by load_images
+    hash: str | None = field(default=None, init=False, repr=False)  # by common.fingerprint
+
+
+@dataclass
+class Data:
+    """The sets of one study. A class *is* its index: two of ImageNet's are named "missile"."""
+
+    kind: str  # "digits", "imagenet", "cifar10", "entity30", "domainnet" or "folder"
+    classes: list[str]  # prompt names, in the order of the training labels
+    templates: list[str]  # format strings with {}
+    train: Split
+    val: Split  # in-distribution, for selection
+    test: Split  # in-distribution, for reporting; its name is "test"
+    shifts: list[Split]
+    missing: list[str]  # usual shift sets that were not found
+    notes: list[str] = field(default_factory=list)  # what else the user should know, a line each
+
+
+def did_you_mean(word, known):
+    """'; did you mean X?' when a known word is near, else ''."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def find(path):
     """The Data of what --data names; val is None if it has to be held out of train."""
-    if path == "digits":
-        return open_digits(common.EMBEDDED)
+    if path.rstrip("/") == "digits":  # ./digits is a folder
+        return open_digits(FOLDER)
+    data = open_tree(path)
+    splits = (data.train, data.val, data.test, *data.shifts)
+    data.notes += [f"{s.name}: {note}" for s in splits if s is not None for note in s.notes]
+    return data
+
+
+def open_tree(path):
     root = existing_folder(path.removeprefix("entity30:"))
     if path.startswith("entity30:"):
         return open_entity30(root)
@@ -79,22 +131,18 @@ def find(path):
 
 def open_digits(folder):
     """The embedded digits: `<set>/images`, `<set>/labels` in digits.npz; names in prompts.json."""
-    path, sets = folder / "digits.npz", {}
-    if not path.is_file():
-        raise common.InputError(f"{path} is missing; it belongs to the repository: restore it.")
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in (key.removesuffix("/images") for key in arrays if key.endswith("/images")):
-            if not name.startswith("pretrain"):
+    prompts, sets = read_json(folder / "prompts.json"), {}
+    with np.load(folder / "digits.npz", allow_pickle=False) as arrays:
+        for key in arrays:
+            name, _, part = key.partition("/")
+            if part == "images" and not name.startswith("pretrain"):
                 labels = torch.from_numpy(arrays[f"{name}/labels"].astype(np.int64))
-                sets[name] = common.Split(
-                    name, f"data/{path.name}:{name}", arrays[f"{name}/images"], labels
-                )
+                sets[name] = Split(name, f"data/digits.npz:{name}", arrays[key], labels)
     train, val, test = (sets.pop(name) for name in ("train", "val", "test"))
     for shift in sets.values():
         shift.name = "UCI" if shift.name == "uci" else shift.name.replace("_", " ").capitalize()
-    prompts = read_json(folder / "prompts.json")
     classes, templates = prompts["class_names"], prompts["templates"]
-    return common.Data("digits", classes, templates, train, val, test, list(sets.values()), [])
+    return Data("digits", classes, templates, train, val, test, list(sets.values()), [])
 
 
 def open_imagenet(root):
@@ -108,10 +156,8 @@ def open_imagenet(root):
     base, wnids = tree_with_train(root), imagenet_wnids()
     present = subfolders(base / "train")
     if unknown := sorted(set(present) - set(wnids)):
-        raise common.InputError(
-            f"{base / 'train' / unknown[0]} is none of ImageNet's 1000 classes; there are "
-            f"{len(unknown)} such folders. Move them out of the tree."
-        )
+        cure = "move such folders out of the tree"
+        raise InputError(f"{base / 'train' / unknown[0]} is none of ImageNet's classes; {cure}.")
     kept = sorted(map(wnids.index, present))
     rank = {wnids[i]: r for r, i in enumerate(kept)}  # wnid -> training class
 
@@ -123,7 +169,7 @@ def open_imagenet(root):
         return class_folders(name, path, ids, expected=expected, **options)
 
     train = split("train", base / "train", 1_281_167, {wnid: [wnid] for wnid in rank})
-    test = split("test", imagenet_val(base), 50_000)
+    test = split("test", set_folder(base, VAL), 50_000)
     shifts, missing = [], []
     for name, (usual, inside, expected) in IMAGENET_SHIFTS.items():
         path = locate((base, root, base.parent), usual, inside)
@@ -134,14 +180,13 @@ def open_imagenet(root):
             shifts.append(split(name, path, expected, {f: [wnids[int(f)]] for f in folders}))
         elif name == "ObjectNet":
             folders = {f: [wnids[i] for i in ids] for f, ids in objectnet_map(path).items()}
-            shift = split(name, path / "images", expected, folders, own=True, border=2)
-            if shift.expected and len(shift.images) in OBJECTNET_COUNTS:
-                shift.expected = len(shift.images)
-            shifts.append(shift)
+            shifts.append(split(name, path / "images", expected, folders, own=True, border=2))
+            if shifts[-1].expected and len(shifts[-1].images) in OBJECTNET_COUNTS:
+                shifts[-1].expected = len(shifts[-1].images)
         else:  # -A and -R have 200 classes each, -Sketch has all
             shifts.append(split(name, path, expected, own=name != "ImageNet-Sketch"))
     names = [IMAGENET_CLASSNAMES[i] for i in kept]
-    return common.Data("imagenet", names, clip_templates(), train, None, test, shifts, missing)
+    return Data("imagenet", names, clip_templates(), train, None, test, shifts, missing)
 
 
 def objectnet_map(path):
@@ -153,20 +198,12 @@ def objectnet_map(path):
     folder = path / "mappings" if (path / "mappings").is_dir() else path.parent / "mappings"
     objects = read_json(folder / "folder_to_objectnet_label.json")
     shared = read_json(folder / "objectnet_to_imagenet_1k.json")
-    line_to_id = {
-        n: int(i) for i, n in read_json(folder / "pytorch_to_imagenet_2012_id.json").items()
-    }
+    line_of = read_json(folder / "pytorch_to_imagenet_2012_id.json")
     labels = folder / "imagenet_to_label_2012_v2"
     labels = read_text(labels if labels.is_file() else labels.with_suffix(".txt")).splitlines()
-    ids = {label.strip(): line_to_id[n] for n, label in enumerate(labels) if n in line_to_id}
+    ids = {labels[line].strip(): int(i) for i, line in line_of.items()}
     overlap = [f for f in subfolders(path / "images") if objects.get(f) in shared]
-    try:
-        return {f: [ids[label] for label in shared[objects[f]].split("; ")] for f in overlap}
-    except KeyError as error:
-        raise common.InputError(
-            f"The files in {folder} do not belong together: no line for the label {error}. Take "
-            "all four from one objectnet-1.0.zip."
-        ) from None
+    return {f: [ids[label] for label in shared[objects[f]].split("; ")] for f in overlap}
 
 
 def imagenet_c(root):
@@ -179,25 +216,21 @@ def imagenet_c(root):
     root, names = existing_folder(str(root)), [*CORRUPTIONS, *EXTRA_CORRUPTIONS]
     base, wnids = tree_with_train(root), imagenet_wnids()
     rank = {w: r for r, w in enumerate(w for w in wnids if (base / "train" / w).is_dir())}
-    kinds = ("noise", "blur", "weather", "digital", "extra")
-    folder = locate((base, root, base.parent), ["imagenet-c"], "|".join([*names, *kinds]))
+    inside = "|".join([*names, "noise", "blur", "weather", "digital", "extra"])
+    folder = locate((base, root, base.parent), ["imagenet-c"], inside)
     if folder is None:
-        raise common.InputError(f"{base} has no imagenet-c/, there or beside it: add it.")
+        raise InputError(f"{base} has no imagenet-c/, there or beside it: add it.")
+    expected = 50_000 if len(rank) == 1000 else None
     for name in names:
-        places = [folder / name, *(folder / kind / name for kind in kinds)]
-        place = next(filter(Path.is_dir, places), None)
-        if place is None:
-            if name in CORRUPTIONS:
-                raise common.InputError(f"{folder} has no {name}/; it holds {listing(folder)}.")
-            continue
-        for severity in range(1, 6):
+        place = next(iter([*folder.glob(name), *folder.glob(f"*/{name}")]), None)
+        if place is None and name in CORRUPTIONS:
+            raise InputError(f"{folder} has no {name}/; it holds {listing(folder)}.")
+        for severity in range(1, 6) if place else ():
             path = place / str(severity)
             if not path.is_dir():
-                raise common.InputError(f"{place} has no {severity}/; it holds {listing(place)}.")
+                raise InputError(f"{place} has no {severity}/; it holds {listing(place)}.")
             ids = {wnid: [rank[wnid]] for wnid in subfolders(path) if wnid in rank}
-            expected = 50_000 if len(rank) == 1000 else None
-            split = class_folders(f"{name} {severity}", path, ids, expected=expected)
-            yield name, severity, split
+            yield name, severity, class_folders(f"{name} {severity}", path, ids, expected=expected)
 
 
 def open_cifar10(batches):
@@ -215,12 +248,14 @@ def open_cifar10(batches):
     for version, expected in (("v6", 2_000), ("v4", 2_021)):  # v6 is the one to use if both exist
         files = [folder / f"cifar10.1_{version}_data.npy" for folder in folders]
         if file := next(filter(Path.is_file, files), None):
-            arrays = read_arrays(file, file.with_name(f"cifar10.1_{version}_labels.npy"))
-            shifts.append(array_split(f"CIFAR-10.1 {version}", file, *arrays, expected))
+            labels = np.load(file.with_name(f"cifar10.1_{version}_labels.npy"))
+            shifts.append(
+                array_split(f"CIFAR-10.1 {version}", file, np.load(file), labels, expected)
+            )
             break
     else:
         missing.append(f"CIFAR-10.1 (no cifar10.1_v6_data.npy in {batches.parent} or CIFAR-10.1/)")
-    return common.Data("cifar10", CIFAR10, clip_templates(), train, None, test, shifts, missing)
+    return Data("cifar10", CIFAR10, clip_templates(), train, None, test, shifts, missing)
 
 
 def read_batch(path):
@@ -242,26 +277,20 @@ def read_batch(path):
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(images), np.array(batch[b"labels"], dtype=np.int64)
     except Exception as error:  # a damaged pickle can fail in any way
-        raise common.InputError(
-            f"{path} is no batch of CIFAR-10's python version ({type(error).__name__}: {error}). "
-            "Unpack cifar-10-python.tar.gz again."
-        ) from error
+        cure = "unpack cifar-10-python.tar.gz again"
+        raise InputError(f"{path} is no batch of CIFAR-10 ({error}): {cure}.") from error
 
 
 def open_stl10(path):
     """STL-10's test images of the 9 classes that CIFAR-10 shares, matched by name: no monkey."""
     if not (path / "test_X.bin").is_file():
         names = {f: "automobile" if f.lower() == "car" else f.lower() for f in subfolders(path)}
-        if unknown := [f for f in names if names[f] not in STL10]:
-            raise common.InputError(
-                f"{path / unknown[0]} is no class of STL-10. Rename or remove it."
-            )
         shared = sorted((f for f in names if names[f] in CIFAR10), key=names.get)  # CIFAR's order
         ids = {f: [CIFAR10.index(names[f])] for f in shared}
         return class_folders("STL-10", path, ids, own=True, expected=7_200)
-    pixels, given = read_arrays(path / "test_X.bin", path / "test_y.bin")
+    pixels, given = (np.fromfile(path / f"test_{x}.bin", np.uint8) for x in "Xy")
     if pixels.size != given.size * 3 * 96 * 96:
-        raise common.InputError(f"{path}/test_X.bin and test_y.bin differ in length: unpack again.")
+        raise InputError(f"{path}/test_X.bin and test_y.bin differ in length: unpack again.")
     shared = [name for name in CIFAR10 if name in STL10]
     rank = np.array([shared.index(name) if name in shared else -1 for name in STL10])
     labels = rank[given - 1]
@@ -276,22 +305,18 @@ def open_entity30(root):
     base = tree_with_train(root)
     info = locate((base, root, base.parent), ["imagenet_class_hierarchy"], r"class_hierarchy\.txt")
     if info is None:
-        raise common.InputError(
-            f"{base} has no imagenet_class_hierarchy/modified/, there or beside it. The folder "
-            "comes with the BREEDS-Benchmarks repository: copy it from there."
-        )
+        cure = "copy it from the BREEDS-Benchmarks repository"
+        raise InputError(f"{base} has no imagenet_class_hierarchy/, there or beside it: {cure}.")
     names, source, target = entity30_classes(info)
 
     def split(name, path, subclasses, expected=None):
         ids = {wnid: [i] for i, wnids in enumerate(subclasses) for wnid in wnids}
-        if absent := sorted(set(ids) - set(subfolders(path))):
-            raise common.InputError(f"{path} has no {absent[0]}/, which Entity-30 needs: add it.")
         return class_folders(name, path, ids, expected=expected)
 
-    val, n = imagenet_val(base), 50 * 4 * len(names)  # ImageNet's val has 50 images a class
+    val, n = set_folder(base, VAL), 50 * 4 * len(names)  # ImageNet's val has 50 images a class
     train, test = split("train", base / "train", source), split("test", val, source, n)
     shifts = [split("Entity-30 target", val, target, n)]
-    return common.Data("entity30", names, clip_templates(), train, None, test, shifts, [])
+    return Data("entity30", names, clip_templates(), train, None, test, shifts, [])
 
 
 def entity30_classes(folder):
@@ -333,57 +358,36 @@ def open_domainnet(root):
     Classes are those of the domain's own lists, by their numbers.
     """
     if root.name not in DOMAINNET or not split_file(root, "train"):
-        raise common.InputError(
-            f"{root} looks like DomainNet. Choose the domain to train on: {root}/real (or another "
-            "one), with real_train.txt and real_test.txt beside the folder."
-        )
-    names, shifts, missing = {}, [], []
-
-    def split(name, domain, part):
-        path = split_file(domain, part)
-        if path is None:
-            raise common.InputError(f"{domain} has no {domain.name}_{part}.txt beside it: add it.")
-        files, labels, held = [], [], {}
-        for line in filter(str.strip, read_text(path).splitlines()):
-            file, _, label = line.strip().rpartition(" ")
-            folder, _, image = file.rpartition("/")
-            if not label.isdecimal() or not folder:
-                raise common.InputError(
-                    f"{path}: expected lines 'real/axe/1.jpg 9', found {line!r}"
-                )
-            if folder not in held:
-                here, title = domain.parent / folder, folder.rpartition("/")[2]
-                held[folder] = set(os.listdir(here)) if here.is_dir() else set()
-                if names.setdefault(int(label), title) != title:
-                    raise common.InputError(
-                        f"{path}: class {label} is {title}, but {names[int(label)]} in the list "
-                        "read before; take all lists from one version of DomainNet."
-                    )
-            if image not in held[folder]:
-                raise common.InputError(f"{domain.parent / file} is missing, but {path} has it.")
-            files.append(os.path.join(domain.parent, file))
-            labels.append(int(label))
-        if not files:
-            raise common.InputError(f"{path} is empty; take it from DomainNet again.")
-        counts = DOMAINNET[domain.name] if part == "test" else (None,)
-        expected = next((n for n in counts if n == len(files)), counts[0])
-        return common.Split(name, str(domain), files, torch.tensor(labels), expected=expected)
-
-    train, test = split("train", root, "train"), split("test", root, "test")
-    if sorted(names) != list(range(len(names))):
-        raise common.InputError(f"{split_file(root, 'train')} skips a class number; take it again.")
-    known = len(names)
+        cure = f"choose the domain to train on, such as {root}/real with real_train.txt beside it"
+        raise InputError(f"{root} looks like DomainNet: {cure}.")
+    names, shifts, missing = set(), [], []
+    train = domainnet_split("train", root, "train", names)
+    test = domainnet_split("test", root, "test", names)
+    classes = [name.replace("_", " ") for _, name in sorted(names)]
     for domain in (root.parent / name for name in DOMAINNET if name != root.name):
         if domain.is_dir():
-            shifts.append(split(domain.name.capitalize(), domain, "test"))
+            shifts.append(domainnet_split(domain.name.capitalize(), domain, "test", names))
         else:
             missing.append(f"{domain.name} (no {domain})")
-    if len(names) > known:
-        new = names[max(names)]
-        raise common.InputError(f"{root.parent}: the lists of {root.name} have no class {new}.")
-    classes = [names[i].replace("_", " ") for i in range(known)]
-    args = classes, clip_templates(), train, None, test, shifts, missing
-    return common.Data("domainnet", *args)
+    if sorted(number for number, _ in names) != list(range(len(classes))):
+        raise InputError(f"{root.parent}: the lists do not all have the same, numbered classes.")
+    return Data("domainnet", classes, clip_templates(), train, None, test, shifts, missing)
+
+
+def domainnet_split(name, domain, part, names):
+    """The Split of a domain's list, lines 'real/axe/1.jpg 9'; adds (9, "axe") to `names`."""
+    path = split_file(domain, part)
+    if path is None:
+        raise InputError(f"{domain} has no {domain.name}_{part}.txt beside it: add it.")
+    files, labels = [], []
+    for line in read_text(path).splitlines():
+        file, label = line.rsplit(maxsplit=1)
+        files.append(os.path.join(domain.parent, file))
+        labels.append(int(label))
+        names.add((int(label), file.split("/")[-2]))
+    counts = DOMAINNET[domain.name] if part == "test" else (None,)
+    expected = len(files) if len(files) in counts else counts[0]
+    return Split(name, str(domain), files, torch.tensor(labels), expected=expected)
 
 
 def split_file(domain, part):
@@ -394,83 +398,117 @@ def split_file(domain, part):
 
 
 def open_folder(root):
-    """Any tree of class folders with train/ and val/ or test/; every other folder is a shift."""
+    """Any tree of class folders with train/ and val/ or test/; other folders that have classes of
+    train/ are shifts, and what else there is is named in the notes.
+    """
     base = tree_with_train(root)
-    parts, classes = subfolders(base), subfolders(base / "train")
-    test_name = "test" if "test" in parts else "val"
-    if test_name not in parts:
-        raise common.InputError(f"{base} has train/ but no val/ or test/. {advice('val', parts)}")
+    parts, classes = subfolders(base), sorted(subfolders(base / "train"), key=by_number)
+    test_path = set_folder(base, ("test", *VAL))
 
-    def split(name, own=False):
-        folders = subfolders(base / name)
-        if unknown := [f for f in folders if f not in classes]:
-            raise common.InputError(
-                f"{base / name / unknown[0]}: train/ has no such class folder"
-                f"{common.did_you_mean(unknown[0], classes) or '.'} Rename or remove it."
-            )
-        ids = {f: [classes.index(f)] for f in folders}
-        return class_folders(name, base / name, ids, own=own and folders != classes)
+    def split(name, path, own=False):
+        held = subfolders(path)
+        if unknown := [f for f in held if f not in classes]:
+            near = did_you_mean(unknown[0], classes)
+            raise InputError(f"{path / unknown[0]}: train/ has no such class folder{near}")
+        ids = {f: [i] for i, f in enumerate(classes) if f in held}
+        return class_folders(name, path, ids, own=own and len(ids) < len(classes))
+
+    train, test, val = split("train", base / "train"), split("test", test_path), None
+    if test_path.name == "test" and not set(VAL).isdisjoint(parts):
+        val = split("val", set_folder(base, VAL))
+    names, templates, notes = names_and_templates(base, classes)
+    shifts = []
+    for part in parts:
+        path = base / part
+        if str(path) in (train.path, test.path, val and val.path):
+            continue
+        if re.fullmatch(NO_SHIFT, part.lower()):
+            notes.append(f"left out: {part}/ (by its name a part or a copy of another set)")
+        elif set(subfolders(path)).isdisjoint(classes):
+            notes.append(f"left out: {part}/ (none of its folders is a class of train/)")
+        else:
+            shifts.append(split(part, path, own=True))
+    return Data("folder", names, templates, train, val, test, shifts, [], notes)
+
+
+def names_and_templates(base, classes):
+    """Prompt names, templates, and notes about names that a text tower cannot know."""
 
     def lines(name):
         text = read_text(base / name) if (base / name).is_file() else ""
         return [line.strip() for line in text.splitlines() if line.strip()]
 
-    names = lines("classnames.txt") or [c.replace("_", " ") for c in classes]
+    given, notes = lines("classnames.txt"), []
+    names = given or [c.replace("_", " ") for c in classes]
     templates = lines("templates.txt") or clip_templates()
     if len(names) != len(classes):
-        raise common.InputError(
+        raise InputError(
             f"{base / 'classnames.txt'} has {len(names)} names for {len(classes)} class folders. "
-            "Write one name a line, in the sorted order of the folders in train/."
+            f"Write one name a line, in the order of the folders: {listed(classes)}."
         )
-    if bad := [t for t in templates if t.count("{}") * t.count("{") * t.count("}") != 1]:
-        raise common.InputError(
-            f"{base / 'templates.txt'}: {bad[0]!r} lacks {{}} for the name, or has more braces."
+    if bad := [template for template in templates if "{}" not in template]:
+        raise InputError(f"{base / 'templates.txt'}: {bad[0]!r} lacks {{}} for the name.")
+    if given:
+        notes.append(f"classnames.txt names the folders in the order {listed(classes)}")
+    if wordless := [name for name in names if re.fullmatch(r"[\W\d_]*|n\d{8}", name)]:
+        notes.append(
+            f"{len(wordless)} class names have no word in them, such as {wordless[0]!r}: write "
+            f"{base / 'classnames.txt'}, one name a line, in the order {listed(classes)}"
         )
-    val = split("val") if test_name == "test" and "val" in parts else None
-    shifts = [split(name, own=True) for name in parts if name not in ("train", "val", "test")]
-    train, test = split("train"), split(test_name)
-    test.name = "test"
-    return common.Data("folder", names, templates, train, val, test, shifts, [])
+    return names, templates, notes
 
 
 # --- what they share ---
 
 
 def class_folders(name, path, ids, own=False, **options):
-    """The Split of the folders in `ids`, {folder: training ids}; `own`: they are its classes."""
+    """The Split of the folders in `ids`, {folder: training ids}; `own`: they are its classes.
+
+    Images may lie in a class's folder or one folder deeper. Notes say what was left out.
+    """
     from tqdm import tqdm
 
     if not ids:
-        raise common.InputError(f"{path} has no training class's folder; it holds {listing(path)}.")
-    files, labels = [], []
+        raise InputError(
+            f"{path} has no folder of a training class; it holds {listing(path)}. Expected a "
+            "folder per class: unpack each archive into one of its name, or sort the images by the "
+            "list of labels that came with them (ImageNet's val/ by the script valprep.sh)."
+        )
+    files, labels, deeper, others = [], [], [], []
     for i, folder in enumerate(tqdm(ids, desc=str(path), delay=2, leave=False)):
         here = os.path.join(path, folder)  # strings: a Path for each of 1.28M images is slow
-        names = [n for n in os.listdir(here) if n.lower().endswith(IMAGE_TYPES) and n[0] != "."]
-        if not names:
-            raise common.InputError(
-                f"{here} has no images; it holds {listing(here)}. Put images directly into it "
-                f"({' '.join(IMAGE_TYPES)}) or remove the folder."
-            )
-        files += [here + os.sep + n for n in sorted(names)]
-        labels += [i if own else ids[folder][0]] * len(names)
-    groups = list(ids.values()) if own else None
-    return common.Split(name, str(path), files, torch.tensor(labels), groups, **options)
+        found, rest = images_in(here)
+        for entry in rest:
+            if os.path.isdir(os.path.join(here, entry)):
+                below = images_in(os.path.join(here, entry))[0]
+                found, deeper = found + below, deeper + below
+            else:
+                others.append(os.path.splitext(entry)[1].lower() or entry)
+        if not found:
+            kinds = " ".join(IMAGE_TYPES)
+            raise InputError(f"{here} has no images ({kinds}); it holds {listing(here)}.")
+        files += found
+        labels += [i if own else ids[folder][0]] * len(found)
+    groups, notes = list(ids.values()) if own else None, []
+    if deeper:
+        notes.append(f"{len(deeper):,} images were found one folder deeper, such as {deeper[0]}")
+    if others:
+        kinds = listed(sorted(set(others)))
+        notes.append(f"{len(others):,} files are left out: they are no images ({kinds})")
+    return Split(name, str(path), files, torch.tensor(labels), groups, notes=notes, **options)
+
+
+def images_in(folder):
+    """Paths of the images in a folder and names of all else in it, both sorted."""
+    names = sorted(names_in(folder))
+    images = [folder + os.sep + name for name in names if name.lower().endswith(IMAGE_TYPES)]
+    return images, [name for name in names if not name.lower().endswith(IMAGE_TYPES)]
 
 
 def array_split(name, path, images, labels, expected, groups=None):
-    """Split of uint8 [N, H, W, 3] and labels [N]. Raises InputError for anything else."""
-    classes = len(groups or CIFAR10)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        got = f"{images.dtype} {images.shape}"
-        raise common.InputError(f"{path}: expected images as uint8 [N, H, W, 3], got {got}")
-    whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-    if not whole or not np.all((labels >= 0) & (labels < classes)):
-        got = f"{labels.dtype} {labels.shape}" + f", {labels.min()} to {labels.max()}" * whole
-        raise common.InputError(
-            f"{path}: expected {len(images)} labels from 0 to {classes - 1}, got {got}"
-        )
+    """The Split of images, uint8 [N, H, W, 3], and labels [N]."""
     labels = torch.from_numpy(labels.astype(np.int64))
-    return common.Split(name, str(path), images, labels, groups, expected=expected)
+    return Split(name, str(path), images, labels, groups, expected=expected)
 
 
 def imagenet_wnids():
@@ -487,46 +525,24 @@ def clip_templates():
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def imagenet_val(base):
-    """The folder of ImageNet's validation images in class folders."""
-    paths = [base / name for name in IMAGENET_VAL if (base / name).is_dir()]
+def set_folder(base, names):
+    """The first folder of these names that has class folders, or else the first that there is."""
+    paths = [base / name for name in names if (base / name).is_dir()]
     if not paths:
-        raise common.InputError(f"{base} has train/ but no val/. {advice('val', subfolders(base))}")
-    for path in paths:
-        if subfolders(path):
-            return path
-    raise common.InputError(
-        f"{paths[0]} is flat: {len(os.listdir(paths[0])):,} files and no class folders. Expected "
-        "val/<wnid>/*.JPEG, as in train/. ImageNet's own archive is flat; sort it once, by one of\n"
-        "  Kaggle's list, in val/:  tail -n +2 LOC_val_solution.csv | "
-        "while IFS=', ' read f w _; do mkdir -p $w && mv $f.JPEG $w/; done\n"
-        "  torchvision, where ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz are:  "
-        "python -c \"import torchvision; torchvision.datasets.ImageNet('.', 'val')\"\n"
-        "  the well-known script valprep.sh, in val/"
-    )
+        wanted = " or ".join(names)
+        raise InputError(f"{base} has no {wanted}; it holds {listing(base)}. Add or rename one.")
+    return next(filter(subfolders, paths), paths[0])
 
 
 def existing_folder(path):
     path = Path(path).expanduser().absolute()
-    try:
-        found = path.stat()
-    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a NUL
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            reason = getattr(error, "strerror", None) or error
-            raise common.InputError(
-                f"--data {str(path)[:80]}: {reason}; expected a folder"
-            ) from error
-        found = None
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if found:
-        raise common.InputError(f"{path} is a file, but --data takes a folder: unpack archives.")
-    parent, child = path.parent, path.name
-    while not parent.is_dir():
-        parent, child = parent.parent, parent.name
-    near = common.did_you_mean(child, ["digits", *os.listdir(parent)])
-    near = near or f"; it holds {listing(parent)}."
-    raise common.InputError(f"{path} does not exist: {parent} has no {child!r}{near}")
+    if os.path.isfile(path):
+        raise InputError(f"{path} is a file, but --data takes a folder: unpack archives.")
+    parent = next(filter(os.path.isdir, path.parents))
+    near = did_you_mean(path.relative_to(parent).parts[0], ["digits", *names_in(parent)])
+    raise InputError(f"{path} does not exist: {parent} holds {listing(parent)}{near}")
 
 
 def tree_with_train(root):
@@ -534,18 +550,17 @@ def tree_with_train(root):
     for inner in IMAGENET_ROOTS:
         if (root / inner / "train").is_dir():
             return root / inner
-    names = subfolders(root)
-    if root.name == "train" or any(re.fullmatch(WNID, name) for name in names):
-        hint = f"It looks like one set of a tree: pass the folder above, {root.parent}."
-    elif (root / "cifar-10-python.tar.gz").is_file():
-        hint = "Unpack CIFAR-10 first: tar -xzf cifar-10-python.tar.gz"
-    else:
-        hint = advice("train", names, "Without --data the embedded digits are used.")
-    raise common.InputError(
+    raise InputError(
         f"{root} has no train/; it holds {listing(root)}. Expected ImageNet (train/<wnid>/, "
         "val/<wnid>/), CIFAR-10 (cifar-10-batches-py/), or train/ and val/ with one folder per "
-        f"class. {hint}"
+        "class. Unpack archives, join the parts of a set (train.X1, train.X2 ...), rename what is "
+        "called otherwise, and of one set of a tree pass the folder above."
     )
+
+
+def by_number(name):
+    """Sort key: 'a2' before 'a10'."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def locate(places, usual, inside):
@@ -563,25 +578,27 @@ def locate(places, usual, inside):
     ]
     for folder in named:
         for path in (folder, *(folder / name for name in subfolders(folder))):
-            if any(re.fullmatch(inside, entry) for entry in os.listdir(path)):
+            if any(re.fullmatch(inside, entry) for entry in names_in(path)):
                 return path
     if named:
         example = {WNID: "folders like n01440764", NUMBER: "folders 0 to 999"}.get(inside, inside)
-        raise common.InputError(
-            f"{named[0]} holds {listing(named[0])}. Expected {example}, there or one level down: "
-            "unpack the archive again, or rename the folder if it is another data set."
-        )
+        found = f"{named[0]} holds {listing(named[0])}"
+        raise InputError(f"{found}. Expected {example}, there or one level down; unpack it again.")
     return None
 
 
+def names_in(path):
+    """What a folder holds, without hidden names and what operating systems leave behind."""
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    return [name for name in names if name[0] != "." and name not in LEFT_BEHIND]
+
+
 def subfolders(path):
-    """Sorted names of the folders in `path`, without hidden ones and macOS's leftovers."""
-    with os.scandir(path) as entries:
-        names = [e.name for e in entries if e.name[0] != "." and e.name != "__MACOSX"]
-    if odd := [n for n in names if any("\ud800" <= c <= "\udfff" for c in n)]:
-        shown = os.fsencode(odd[0]).decode(errors="backslashreplace")
-        raise common.InputError(f"{path} holds {shown}, whose name is not UTF-8: rename it.")
-    return sorted(name for name in names if os.path.isdir(os.path.join(path, name)))
+    """Sorted names of the folders in a folder."""
+    return sorted(name for name in names_in(path) if os.path.isdir(os.path.join(path, name)))
 
 
 def plain(name):
@@ -589,38 +606,21 @@ def plain(name):
 
 
 def listing(path):
-    names = sorted(os.listdir(path))
+    return listed(sorted(names_in(path))) or "nothing"
+
+
+def listed(names):
+    """'a, b, c, d, e and 3 more'"""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more or "nothing"
-
-
-def advice(wanted, names, otherwise="Add it."):
-    near = difflib.get_close_matches(wanted, set(names) - {"train"}, 1, 0.45)
-    return f"Rename {near[0]!r} if that is it." if near else otherwise
+    return ", ".join(names[:5]) + more
 
 
 def read_text(path):
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Notepad begins with a mark
     except (OSError, UnicodeDecodeError) as error:
-        raise common.InputError(
-            f"{path} belongs to the data set but cannot be read ({error}). Restore it."
-        ) from None
+        raise InputError(f"{path} cannot be read as text in UTF-8 ({error}).") from None
 
 
 def read_json(path):
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise common.InputError(f"{path} is damaged ({error}). Restore it.") from None
-
-
-def read_arrays(*paths):
-    """.npy files, or raw bytes (.bin)."""
-    try:
-        return [
-            np.load(p, allow_pickle=False) if p.suffix == ".npy" else np.fromfile(p, np.uint8)
-            for p in paths
-        ]
-    except (OSError, ValueError) as error:
-        raise common.InputError(f"{paths[0]} or its labels cannot be read ({error}).") from None
+    return json.loads(read_text(path))

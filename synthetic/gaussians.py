@@ -5,7 +5,7 @@ the two constraints of CaRot, trained G at a time (Oh et al., NeurIPS 2024, Sec.
     Eq. (4)   orthogonality constraint       orthogonality
     Eq. (5)   self-distillation              distillation
 
-Three layers and a teacher that is trained before its student are what the paper is thought to have.
+Three layers, and a teacher that is trained before its student, are the paper's.
 The shift moves a mean of the inputs and P(y|x) with it. The theorem's assumptions, equal marginals
 and a shift of the inputs only, do not hold here; nor do they in the paper's description.
 """
@@ -173,16 +173,14 @@ def fit(config, layer, x, y, numbers, teacher=None):
 
 def figure_a(config, tests):
     """Fig. A: the data in two dimensions; x1 and x2 are each the sum of its group over 20."""
-    figure, (axes,) = common.new_figure(columns=2)
-    numbers = []
-    for axis, (split, (x, y)) in zip(axes, tests.items(), strict=True):
-        one, two = (total / 20 for total in group_sums(x[:1000]))
-        for label, colour in ((0, "tab:red"), (1, "tab:blue")):
-            points = torch.stack([one, two], 1)[y[:1000] == label]
-            axis.plot(*points.T, ".", ms=3, color=colour, label=f"y = {label}")
-            numbers += [(split, label, *point) for point in points.tolist()]
-        axis.set(xlabel="x1: sum of group 1 / 20", ylabel="x2: sum of group 2 / 20", title=split)
-        axis.set(xlim=(-6, 6), ylim=(-6, 6))
-    axes[0].legend()
-    path = f"{config.out}/figures/fig_a"
-    common.save_figure(figure, path, ["set", "y", "x1", "x2"], numbers)
+    path, header = f"{config.out}/figures/fig_a", ["set", "y", "x1", "x2"]
+    with common.figure(path, header, columns=2) as (axes, numbers):
+        for axis, (split, (x, y)) in zip(axes[0], tests.items(), strict=True):
+            one, two = (total / 20 for total in group_sums(x[:1000]))
+            for label, colour in ((0, "tab:red"), (1, "tab:blue")):
+                points = torch.stack([one, two], 1)[y[:1000] == label]
+                axis.plot(*points.T, ".", ms=3, color=colour, label=f"y = {label}")
+                numbers += [(split, label, *point) for point in points.tolist()]
+            axis.set(xlabel="x1: sum of group 1 / 20", ylabel="x2: sum of group 2 / 20")
+            axis.set(xlim=(-6, 6), ylim=(-6, 6), title=split)
+        axes[0, 0].legend()

@@ -1,9 +1,10 @@
 """The compiled kernels as the tests use them: one cold build a session, in a folder of its own.
 
-A fresh process builds them, as a user's first run would, over the lock that a killed build has left
-behind. Where nvcc is found and PyTorch is a CUDA build, the CUDA kernels are compiled and linked as
-well, for every GPU generation from Turing to Blackwell, warnings and register spills as errors: it
-takes a GPU to run them, not to build. About 40 CPU seconds, half of them nvcc's.
+A fresh process builds them, as the first run of somebody would who has copied csrc/ into an empty
+project, over the lock that a killed build has left behind. Where nvcc is found and PyTorch is a
+CUDA build, the CUDA kernels are compiled and linked as well, for every GPU generation from Turing
+to Blackwell, warnings and register spills as errors: it takes a GPU to run them, not to build.
+About 35 CPU seconds, half of them nvcc's.
 """
 
 import atexit
@@ -20,29 +21,33 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 from csrc import build
 
 FIRST_RUN = """
-import torch, common, spd, vrf
+import functools, sys, torch
 from csrc import build
-folder = build.build_folder({toolkit!r})
-print("imported, built nothing:", not folder.exists())
-folder.mkdir(parents=True)
-(folder / "lock").touch()  # with this in place, the load() of older PyTorch waits for ever
-kernels = common.kernels()
-queries, reference = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
-print("distance", kernels and kernels.knn_kth_distance(queries, reference, 1).item())
+folders = [build.build_folder(cuda) for cuda in (False, True)]
+print("imported, built nothing:", not any(folder.exists() for folder in folders))
+for folder in folders:
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()  # with this in place, the load() of older PyTorch waits for ever
+build.build = functools.partial(build.build, verbose=True)
+kernels = build.load()
+distance = kernels.knn_kth_distance(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), 1)
+weight, anchor, grad, m, v = ([torch.full((2,), x)] for x in (1.0, 1.0, 1.0, 0.0, 0.0))
+kernels.spd_step(weight, anchor, grad, m, v, 1, 0.5, (0.9, 0.999), 1e-8, 1.0)
+print("distance", distance.item(), "weight", weight[0].round(decimals=4).tolist())
+print("common imported:", "common" in sys.modules)
 """
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0;10.0;12.0+PTX")
 NVCC_FLAGS = "-Xcompiler=-Wall -Werror=all-warnings -Xptxas=-v,-warn-spills"
-
-TOOLKIT = build.cuda_toolkit() if torch.version.cuda else None
+HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+TOOLKIT = torch.version.cuda and (HOME / "bin" / "nvcc").exists()
 
 
 @functools.cache
 def said():
-    """What the first run printed; `common.kernels()` of this process finds its build."""
+    """What the first run printed; `build.load()` of this process finds its build."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())  # one for all worker processes
     folder = Path(tempfile.gettempdir()) / f"kernels-{run}"
     folder.mkdir(exist_ok=True)
@@ -50,19 +55,21 @@ def said():
     fcntl.flock(users, fcntl.LOCK_SH)
     atexit.register(last_one_out, folder, users)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
-    os.environ.setdefault("KERNELS", "cuda" if TOOLKIT else "on")
+    if TOOLKIT:
+        os.environ |= {"TORCH_CUDA_ARCH_LIST": ARCHITECTURES, "CUDA_HOME": str(HOME)}
     with open(folder / "said.txt", "a+") as text:
         fcntl.flock(text, fcntl.LOCK_EX)  # the other worker process waits, then reads
         text.seek(0)
         if not text.read():
+            project = folder / "project"
+            shutil.copytree(build.CSRC, project / "csrc")
             done = subprocess.run(
-                [sys.executable, "-c", FIRST_RUN.format(toolkit=TOOLKIT)],
-                cwd=common.HERE,
-                env={**os.environ, "KERNELS_VERBOSE": "1", "NVCC_APPEND_FLAGS": NVCC_FLAGS},
+                [sys.executable, "-c", FIRST_RUN],
+                cwd=project,
+                env={**os.environ, "PYTHONPATH": "", "NVCC_APPEND_FLAGS": NVCC_FLAGS},
                 capture_output=True,
                 text=True,
-                timeout=600,
+                timeout=900,
             )
             text.write(done.stdout + done.stderr)
         text.seek(0)
@@ -75,13 +82,13 @@ def last_one_out(folder, users):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kernels(isa=None):
-    """The kernels; a skipped test where there is no compiler, or no such CPU path."""
+def kernels(level=None):
+    """The kernels; a skipped test where there is no compiler, or no such level of k-NN."""
     if not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("no C++ compiler: kernels not built")
     said()
-    kernels = common.kernels()
+    kernels = build.load()
     assert kernels, said()
-    if isa and not kernels.module.has_instruction_set(isa):
-        pytest.skip(f"{isa} is not offered by this CPU")
+    if level and level not in kernels.levels:
+        pytest.skip(f"this CPU does not offer {level}")
     return kernels

@@ -1,15 +1,17 @@
-"""knn_kth_distance: exact whatever the rounding, the row order, the threads and the CPU path."""
+"""knn_kth_distance: exact whatever the rounding, row order, threads and instruction set."""
 
 import itertools
+import math
+import multiprocessing
 
+import numpy as np
 import pytest
 import torch
 from compiled import kernels
 
-import common
 import vrf
 
-ISAS = ["amx", "avx512bf16", "avx512", "avx2", "portable"]
+LEVELS = ["amx", "avx512bf16", "v4", "v3", "baseline"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +23,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=LEVELS)
 def knn(request, monkeypatch):
-    """The kernel on one CPU path."""
-    monkeypatch.setattr(kernels(request.param), "isa", request.param)
+    """The kernel with one instruction set."""
+    monkeypatch.setattr(kernels(request.param), "level", request.param)
     return kernels().knn_kth_distance
 
 
@@ -176,11 +178,18 @@ def test_so_many_equal_rows_that_brute_force_takes_over(knn):
     assert_exact(knn, queries, reference, 1, 2, 50_001)
 
 
+def first_packed(rows, share):
+    """Which rows of the reference the kernel packs first: a `share` of them is its first sample."""
+    stride = int(rows * 0.6180339887) + 1
+    while math.gcd(stride, rows) != 1:
+        stride += 1
+    return torch.arange(int(rows * share)) * stride % rows
+
+
 def test_a_bound_guessed_from_a_misleading_sample_is_found_out(knn):
-    # the strided sample that the first guess is made from holds the near rows, the other blocks
-    # none
-    reference = clip_like(8192, 512)
-    reference[torch.arange(8192) % 8 != 0] *= 30
+    # the sample that the first guesses are made from holds the near rows, the other rows are far
+    reference = 30 * clip_like(8192, 512)
+    reference[first_packed(8192, 1 / 8)] /= 30
     queries = clip_like(5, 512, seed=1)
     assert_exact(knn, queries, reference, 100, 500, 1024, 1500)
 
@@ -189,23 +198,27 @@ def test_a_misleading_sample_whose_rows_lie_within_each_others_error(any_knn):
     # as above, but the near rows' scores differ by about their error bounds: enough rows survive a
     # guess that was too high, only not the right ones
     reference = torch.cat([torch.zeros(4096, 1), normal(4096, 511)], 1)
-    reference = torch.nn.functional.normalize(reference, dim=1)
-    near = torch.arange(4096) % 4 == 0
+    reference = 30 * torch.nn.functional.normalize(reference, dim=1)
+    near = first_packed(4096, 1 / 4)
+    reference[near] /= 30
     reference[near, 0] = torch.linspace(-6e-3, 6e-3, 1024)[torch.randperm(1024)]
-    reference[~near] *= 30
     queries = torch.zeros(2, 512)
     queries[0, 0], queries[1, 0] = 1, 2
     assert_exact(any_knn, queries, reference, *range(500, 1024, 7))
 
 
+def test_rows_in_turns_of_few_classes(knn):
+    reference = clip_like(6000, 96)[torch.arange(6000).view(10, 600).T.reshape(-1)]
+    assert_exact(knn, clip_like(20, 96, seed=1), reference, 1, 60, 600)
+
+
 def test_same_bits_for_any_number_of_threads_and_any_instruction_set(any_knn, monkeypatch):
-    queries, reference = clip_like(70, 300, seed=1), clip_like(5000, 300)
+    queries, reference = clip_like(70, 300, seed=1), clip_like(9000, 300)  # worth 5 threads
     results = []
-    for isa, count in itertools.product(ISAS, (1, 2, 5)):
-        if kernels().module.has_instruction_set(isa):
-            monkeypatch.setattr(kernels(), "isa", isa)
-            torch.set_num_threads(count)
-            results.append(any_knn(queries, reference, 50))
+    for level, count in itertools.product(kernels().levels, (1, 2, 5)):
+        monkeypatch.setattr(kernels(), "level", level)
+        torch.set_num_threads(count)
+        results.append(any_knn(queries, reference, 50))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -217,21 +230,8 @@ def test_the_order_of_the_reference_does_not_change_a_bit(any_knn):
 
 def test_pytorch_reference_agrees(any_knn):
     queries, reference = clip_like(50, 256, seed=1), clip_like(3000, 256)
-    expected = vrf.kth_distance(queries, reference, 30)
+    expected = vrf.knn_kth_distance(queries, reference, 30)
     torch.testing.assert_close(any_knn(queries, reference, 30), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("distance", ["code", "paper"])
-def test_vrf_finds_the_same_distances_with_the_kernel_and_without(any_knn, monkeypatch, distance):
-    parts = {m: common.Prediction(3 * clip_like(40, 64, seed=s), normal(40, 5), torch.arange(40))
-             for s, m in enumerate(("ZS", "FT"))}  # fmt: skip
-    study = vrf.Study(models=None, predictions={"val": parts}, T={"ZS": 1.0, "FT": 1.0})
-    config, V = vrf.Config(distance=distance, device="cpu"), clip_like(900, 64, seed=7)
-    found = []
-    for known in (kernels(), None):  # so small a search would not ask for them
-        monkeypatch.setattr(common, "kernels", lambda work, known=known: known)
-        found.append(vrf.make_pairs(config, study, "FT", V, 9)["val"].d)
-    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -242,11 +242,55 @@ def test_other_float_types_are_converted_to_fp32_first(any_knn, dtype):
     )
 
 
-def test_strided_inputs_and_inputs_that_require_grad(any_knn):
+def test_strided_inputs_and_any_type_of_integer(any_knn):
     queries, reference = normal(30, 8, seed=1).T, normal(30, 200).T[::2]
     expected = any_knn(queries.contiguous(), reference.contiguous(), 5)
-    result = any_knn(queries.requires_grad_(), reference, 5)
-    assert torch.equal(result, expected) and not result.requires_grad
+    for k in (5, np.int64(5), np.uint8(5), torch.tensor(5)):
+        assert torch.equal(any_knn(queries, reference, k), expected)
+
+
+def test_autograd_says_that_there_is_no_gradient(any_knn):
+    queries = normal(3, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        any_knn(queries, normal(20, 8, seed=1), 2).sum().backward()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_default_dtype_and_device_do_not_matter(any_knn, default):
+    queries, reference = normal(40, 24), normal(300, 24, seed=1)
+    expected = any_knn(queries, reference, 5)
+    setter = torch.set_default_device if default == "meta" else torch.set_default_dtype
+    try:
+        setter(default)
+        found = any_knn(queries, reference, 5)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def sum_of_distances(results, queries, reference):
+    torch.set_num_threads(2)
+    results.put(kernels().knn_kth_distance(queries, reference, 5).sum().item())
+
+
+def test_a_forked_child_may_call_it_after_its_parent(any_knn):
+    queries, reference = normal(300, 64), normal(5000, 64, seed=1)
+    torch.set_num_threads(2)
+    expected = any_knn(queries, reference, 5).sum().item()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=sum_of_distances, args=(results, queries, reference))
+    child.start()
+    assert results.get(timeout=60) == pytest.approx(expected)
+    child.join()
+
+
+def test_pytorch_knows_the_op(any_knn):
+    arguments = normal(6, 8), normal(20, 8, seed=1), 3
+    torch.library.opcheck(torch.ops.csrc.knn_kth_distance.default, arguments)
+    traced = torch.compile(any_knn, backend="eager", fullgraph=True)
+    assert torch.equal(traced(*arguments), any_knn(*arguments))
 
 
 @pytest.mark.parametrize("argument", ["queries", "reference"])
@@ -254,7 +298,7 @@ def test_values_that_are_not_finite_or_too_large_are_refused_with_the_row(knn, a
     tensors = dict(queries=normal(40, 33, seed=1), reference=normal(3000, 33))
     for value in (float("nan"), float("inf"), -float("inf"), 1e30):
         tensors[argument][37, 32] = value
-        with pytest.raises(common.InputError, match=f"knn_kth_distance: {argument} row 37 "):
+        with pytest.raises(ValueError, match=f"knn_kth_distance: {argument} row 37 "):
             knn(**tensors, k=2)
 
 
@@ -263,7 +307,7 @@ def test_values_that_are_not_finite_or_too_large_are_refused_with_the_row(knn, a
     [
         (torch.ones(2, 3), torch.ones(4, 3), 0, "k must be an integer from 1 to 4, got 0"),
         (torch.ones(2, 3), torch.ones(4, 3), 5, "k must be an integer from 1 to 4, got 5"),
-        (torch.ones(2, 3), torch.ones(0, 3), 1, "k must be an integer from 1 to 0, got 1"),
+        (torch.ones(2, 3), torch.ones(0, 3), 1, "reference must be one row or more, got (0, 3)"),
         (torch.ones(2, 3), torch.ones(4, 3), 1.0, "k must be an integer"),
         (torch.ones(2, 3), torch.ones(4, 2), 1, "reference must be [M, 3], D > 0, got (4, 2)"),
         (torch.ones(2, 0), torch.ones(4, 0), 1, "D > 0"),
@@ -276,10 +320,11 @@ def test_values_that_are_not_finite_or_too_large_are_refused_with_the_row(knn, a
         ),
         (torch.ones(2, 3), torch.ones(4, 3, device="meta"), 1, "reference must be on cpu"),
         ([[1.0]], torch.ones(4, 1), 1, "queries must be a tensor, got list"),
+        (torch.ones(2, 3).to_sparse(), torch.ones(4, 3), 1, "queries must be a dense tensor"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_wrong_arguments_are_refused_by_name(any_knn, queries, reference, k, words):
-    with pytest.raises(common.InputError) as problem:
+    with pytest.raises(ValueError) as problem:
         any_knn(queries, reference, k)
     assert words in str(problem.value) and "knn_kth_distance" in str(problem.value)

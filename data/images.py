@@ -1,0 +1,142 @@
+"""From image files to batches on the device. `common` says which images, in which order.
+
+Decoding gives the same pixels as CLIP's own code (Pillow, RGB, EXIF ignored), and a random crop
+depends on the seed of its (index, seed) pair alone, whatever the number of worker processes.
+"""
+
+import os
+import tempfile
+
+import numpy as np
+import torch
+
+from data.trees import InputError
+
+
+class Images(torch.utils.data.Dataset):
+    """(image, label, index) of a Split. An unreadable file is an InputError, or with `skip_bad` a
+    black image with the label -1, which `fine_tune` and `forward` leave out.
+
+    An item is (index, seed): the transform draws from torch's generator under that seed. Where the
+    seed is None it is a black image with label and index -1, for a process without part of a batch.
+    """
+
+    def __init__(self, split, transform, skip_bad=False):
+        self.split, self.transform, self.skip_bad = split, transform, skip_bad
+
+    def __len__(self):
+        return len(self.split.images)
+
+    def __getitem__(self, item):
+        from PIL import Image
+
+        index, seed = item
+        image = None if seed is None else self.read(index)
+        label = -1 if image is None else int(self.split.labels[index])
+        image = image or Image.new("RGB", (64, 64))
+        if border := self.split.border:
+            image = image.crop((border, border, image.width - border, image.height - border))
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed or 0)  # torch.manual_seed also seeds GPUs: 0.3 ms
+        image = self.transform(image)
+        torch.set_rng_state(state)
+        return image, label, -1 if seed is None else index
+
+    def read(self, index):
+        """The image as PIL RGB; None if it cannot be read and may be left out."""
+        source = self.split.images[index]
+        try:
+            return read_rgb(source)
+        except Exception as error:  # PIL has a dozen types for damaged files
+            if self.skip_bad:
+                return None
+            cure = "Restore the file, or leave such files out with --skip-bad-images."
+            raise InputError(f"{source} cannot be read as an image: {error}. {cure}") from error
+
+
+def read_rgb(source):
+    """A file or uint8 array as PIL RGB. Alpha is dropped and EXIF ignored, as CLIP's code does."""
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    with Image.open(source) as image:
+        if image.mode.startswith("I"):  # 16-bit grey: PIL's conversion would clip, not scale
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        image.load()  # the file is closed below
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy: 0.2 ms
+
+
+def load_images(split, transform, order, config, device):
+    """Yield (images [B, 3, H, W] on the device, labels [B], index [B]) for every list of
+    (index, seed) in `order`. An image that cannot be read has the label -1 and is named at the end.
+
+    `transform` ends in ToTensor and Normalize: these run here, on the device and for the batch,
+    with the same result; until then pixels are bytes, a quarter of fp32. Raises InputError.
+    """
+    from torchvision import transforms as t
+
+    *shape, _, normalise = transform.transforms
+    workers = worker_count(split, device) if config.workers < 0 else config.workers
+    batches = torch.utils.data.DataLoader(
+        Images(split, t.Compose([*shape, t.PILToTensor()]), config.skip_bad_images),
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it draws from the generator that dropout uses
+        multiprocessing_context=worker_context() if workers else None,
+    )
+    known = set(split.unreadable)
+    try:
+        for pixels, labels, index in batches:
+            leave_out(split, index[(labels < 0) & (index >= 0)].tolist())
+            pixels = pixels.to(device, non_blocking=True).float()
+            yield normalise(pixels.div_(255)), labels, index
+    except InputError as error:  # a worker process wraps the sentence in its traceback
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        cure = "out of memory? The same command continues; fewer --workers need less"
+        raise InputError(f"a worker process died ({str(error)[:120]}); {cure}") from error
+    finally:  # of a training also when it is interrupted
+        if new := sorted(split.unreadable - known):
+            files = ", ".join(str(split.images[i]) for i in new[:10]) + ", ..." * (len(new) > 10)
+            n = f"{len(split.unreadable):,} of {len(split.images):,}"
+            print(f"{split.name}: {n} images are unreadable and were left out: {files}")
+
+
+def leave_out(split, indices):
+    """Note unreadable images. Raises InputError if a class of the training set has no others."""
+    split.unreadable.update(indices)
+    for label in split.labels[indices].unique() if split.name == "train" else ():
+        of_class = (split.labels == label).nonzero()[:, 0].tolist()
+        if split.unreadable.issuperset(of_class):
+            folder = os.path.dirname(str(split.images[of_class[0]]))
+            raise InputError(f"{folder}: no image of this class can be read; restore them")
+
+
+def worker_count(split, device):
+    """This process's share of the cores where a GPU waits for files, else 0: on a CPU the model, a
+    hundred times slower than decoding, wants the cores itself.
+    """
+    if isinstance(split.images, np.ndarray) or device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def worker_context():
+    """forkserver where there is one: fork and threads hang, and spawn imports torch anew each time.
+    Raises InputError where its sockets would have too long a name.
+    """
+    kinds = torch.multiprocessing.get_all_start_methods()
+    if "forkserver" not in kinds:
+        return torch.multiprocessing.get_context("spawn")
+    folder = os.fsencode(tempfile.gettempdir())
+    if len(folder) > 71:  # of 104 bytes on macOS and 108 on Linux Python's own part takes 32
+        cure = "set TMPDIR=/tmp, or pass --workers 0"
+        raise InputError(f"TMPDIR is too long for worker processes ({len(folder)} bytes); {cure}")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.transforms"])  # once, not by each worker
+    return context

@@ -1,0 +1,93 @@
+"""lab/spd_ablations.py on a small tree."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "lab")]
+
+import spd_ablations as ablations  # noqa: E402
+from small import TINY, make_tree  # noqa: E402
+from test_spd import network, noisy, train  # noqa: E402
+
+import common  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ablations")
+    tree = make_tree(root / "tree")
+    more = "--epochs 2 --lr 1e-3 --mixup 0 --cutmix 0 --drop-path 0".split()
+    return ["--data", str(tree), "--out", str(root / "out"), *TINY, *more]
+
+
+def numbers(text, start):
+    """The table's line that begins so, as numbers."""
+    (line,) = [x for x in text.splitlines() if x.startswith(start + "  ")]
+    return [float(x) for x in line.removeprefix(start).split()]
+
+
+def test_inside_records_every_step_and_strength_holds_the_weights_nearer(words, capsys):
+    ablations.main(["inside", *words])
+    text = capsys.readouterr().out
+    ends = [numbers(text, f"strength {x}")[-1] for x in ("0", "0.5", "1", "2")]
+    assert ends == sorted(ends, reverse=True) and ends[0] > 1.05 * ends[3]
+    with open(words[3] + "/figures/inside.csv", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    assert len(rows) == 4 * 2 * 5  # strengths, epochs, steps
+    assert [float(gamma) for _, step, gamma in rows if step == "0"] == [0] * 4
+
+
+def test_coupled_l2_sp_is_adam_on_eq_1():
+    ours, theirs, strength = network(), network(), 0.3
+    anchors = [p.detach().clone() for p in theirs.parameters()]
+    mine = ablations.CoupledL2SP(ours.parameters(), lr=1e-2, spd_lambda=strength)
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for i in range(20):
+        x, y = noisy(i)
+        adam.zero_grad()
+        pairs = zip(theirs.parameters(), anchors, strict=True)
+        penalty = sum(((p - a) ** 2).sum() for p, a in pairs)
+        loss = torch.nn.functional.cross_entropy(theirs(x), y) + strength / 2 * penalty
+        loss.backward()
+        adam.step()
+    for a, b in zip(train(ours, mine), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_cautious_decay_moves_only_elements_that_already_go_back():
+    anchor, before = torch.zeros(2), torch.tensor([1.0, 1.0])
+    after = torch.tensor([0.9, 1.1])  # the first goes back, the second on
+    found = ablations.cautious(before, after, anchor, 0.5)
+    torch.testing.assert_close(found, torch.tensor([0.4, 1.1]))
+
+
+def test_rules_has_a_row_for_each_rule_and_strength(words, capsys, monkeypatch):
+    short = {name: (*rule[:2], rule[2][-1:]) for name, rule in ablations.RULES.items()}
+    monkeypatch.setattr(ablations, "RULES", short)
+    ablations.main(["rules", *words])
+    text = capsys.readouterr().out
+    ends = [numbers(text, f"{name} {rule[2][0]:g}")[-1] for name, rule in short.items()]
+    assert len(set(ends)) == 5 and min(ends) > 0
+
+
+def test_heads_has_a_row_for_each_anchor(words, capsys):
+    ablations.main(["heads", *words])
+    text = capsys.readouterr().out
+    assert numbers(text, "head none")[-1] >= numbers(text, "head pretrained")[-1] > 0
+
+
+def test_lora_needs_peft_or_trains_the_factors(words, capsys):
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(common.InputError, match="pip install peft"):
+            ablations.main(["lora", *words])
+        return
+    ablations.main(["lora", *words])
+    text = capsys.readouterr().out
+    assert numbers(text, "LoRA SPD 2")[-1] < numbers(text, "LoRA AdamW")[-1]

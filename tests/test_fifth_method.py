@@ -1,0 +1,53 @@
+"""A method of one's own is one file: README's "Add a method", trained on the digits."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small import few_digits, use_digits
+
+import common
+
+README = (Path(common.__file__).parent / "README.md").read_text()
+# the block under "Add a method"
+METHOD = README[README.index("from dataclasses import") :].split("```")[0]
+
+
+@pytest.fixture
+def method(tmp_path, monkeypatch):
+    """The module smooth.py, written where Python finds it; the digits are few."""
+    use_digits(monkeypatch, few_digits(tmp_path / "digits"))
+    (tmp_path / "smooth.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    import smooth
+
+    yield smooth
+    del sys.modules["smooth"]
+
+
+def test_a_fifth_method_gets_its_row_its_interval_and_its_figure(method, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = "--epochs 1 --batch 64 --warmup 1 --lr 1e-3 --device cpu --out".split()
+    rows = method.main([*words, str(out)])
+    assert [row.method for row in rows] == ["FT", "Smooth"]
+    said = capsys.readouterr().out
+    assert "Smooth less FT, ID and shifts: ((" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("Smooth  ")]
+    assert len(line.split()) == 2 + len(rows[0].right)  # the method, its sets, their mean
+    assert (out / "figures/smooth.csv").read_text().startswith("method,id,shift\nFT,")
+    Image.open(out / "figures/smooth.png").verify()
+    assert len(list((out / "checkpoints").glob("*.pt"))) == 2
+    again = method.main([*words, str(out), "--smoothing", "0.2"])
+    assert len(list((out / "checkpoints").glob("*.pt"))) == 3  # FT is read, Smooth trained anew
+    for split, right in rows[0].right.items():
+        assert (again[0].right[split] == right).all()
+
+
+def test_its_help_has_the_shared_settings_and_its_own(method, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        method.main(["--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and said.index("--seeds") < said.index("--smoothing")
+    with pytest.raises(common.InputError, match="--smoothing 2.0: expected a number, at most 1"):
+        method.main(["--smoothing", "2"])

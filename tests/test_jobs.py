@@ -1,0 +1,70 @@
+"""common.in_processes, stopped as users stop it.
+
+As a script, `test_jobs.py OUT EPOCHS` trains four models in OUT, two at a time.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from small import short_training  # noqa: E402
+
+import common  # noqa: E402
+
+
+def work(argv, run):
+    out, epochs = Path(argv[0]) / str(run), int(argv[1])
+    if epochs == 0:
+        raise common.InputError(f"run {run} has nothing to do")
+    out.mkdir(parents=True)
+    short_training(out, epochs=epochs)
+
+
+def start(out, epochs):
+    """The script, in a process group of its own."""
+    words = [sys.executable, __file__, str(out), str(epochs)]
+    return subprocess.Popen(words, text=True, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_error_of_one_process_ends_all(tmp_path):
+    with pytest.raises(common.InputError, match="run 0 has nothing to do"):
+        common.in_processes(work, (str(tmp_path), "0"), range(4), 2, "cpu")
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("number", "whom", "code"),
+    [
+        (signal.SIGINT, os.killpg, 130),  # Ctrl-C in a terminal
+        (signal.SIGKILL, os.kill, -9),  # out of memory
+    ],
+)
+def test_one_signal_stops_all_processes_and_starts_no_other_run(number, whom, code, tmp_path):
+    job = start(tmp_path, 10**5)
+    wait_until(lambda: len(list(tmp_path.glob("*/checkpoints/*.pt"))) == 2, 180)
+    whom(job.pid, number)
+    # the children hold the pipe, too: it ends when the last of them does
+    _, errors = job.communicate(timeout=80)
+    assert job.returncode == code and "Traceback" not in errors, errors[-2000:]
+    assert code != 130 or "interrupted; the same command continues" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    steps = [common.load_tensors(path)["step"] for path in tmp_path.glob("*/checkpoints/*.pt")]
+    assert len(steps) == 2 and min(steps) > 0
+
+
+if __name__ == "__main__":
+    common.run(lambda: common.in_processes(work, tuple(sys.argv[1:]), range(4), 2, "cpu"))

@@ -1,0 +1,117 @@
+"""A finished training is read again only if nothing that shapes it has changed."""
+
+import importlib.util
+import shutil
+import sys
+
+import pytest
+import torch
+from small import CLIP, image_files, linear_model, random_split, settings
+
+import common
+
+METHOD = """
+import torch
+import torch.nn.functional as F
+
+import common
+
+ALPHA = 0.5
+
+class Smooth:
+    def __init__(self, strength):
+        self.strength = strength
+
+    def __call__(self, logits, labels):
+        return F.cross_entropy(logits, labels, label_smoothing=self.strength)
+
+def penalty(logits):
+    return 0.1 * logits.square().mean()
+
+class Base(torch.optim.SGD):
+    power = 1.0
+
+class Descent(Base):
+    def __init__(self, parameters, speed):
+        super().__init__(parameters, lr=0.01)
+        self.speed = speed
+
+def train(config, model, split, clip):
+    weight, smooth = 2.0, Smooth(0.1)
+
+    def loss_fn(images, labels):
+        logits = model(images)[1]
+        return weight * smooth(logits, labels) + ALPHA * penalty(logits)
+
+    optimiser = Descent(model.parameters(), speed=0.5)
+    common.fine_tune(config, "run", model, split, clip, loss_fn, optimiser, key={})
+"""
+
+
+def train(folder, old="", new="", data=None):
+    """Run METHOD's `train` from a file in `folder`, after an edit.  -> number of checkpoints"""
+    folder.mkdir()
+    (folder / "method.py").write_text(METHOD.replace(old, new, 1))
+    spec = importlib.util.spec_from_file_location("method", folder / "method.py")
+    method = importlib.util.module_from_spec(spec)
+    sys.modules["method"] = method  # as an import does
+    spec.loader.exec_module(method)
+    out = folder.parent / "out"
+    method.train(settings(out, epochs=1), linear_model(), data or random_split(16), CLIP)
+    return len(list(out.glob("checkpoints/*.pt")))
+
+
+@pytest.mark.parametrize(
+    ("what", "old", "new"),
+    [
+        ("a number that the loss closes over", "smooth = 2.0", "smooth = 3.0"),
+        ("the loss", "weight * smooth", "weight + smooth"),
+        ("a function that it calls", "0.1 * logits", "0.2 * logits"),
+        ("a number of its file", "ALPHA = 0.5", "ALPHA = 0.6"),
+        ("an option of an object that it calls", "Smooth(0.1)", "Smooth(0.2)"),
+        ("that object's code", "return F.cross", "return 3 * F.cross"),
+        ("an optimiser's option that no group holds", "speed=0.5", "speed=0.6"),
+        ("the code of its base class", "power = 1.0", "power = 2.0"),
+        ("the base class", "torch.optim.SGD", "torch.optim.Adam"),
+    ],
+)
+def test_an_edited_loss_or_optimiser_is_trained_anew(what, old, new, tmp_path):
+    assert METHOD.count(old) == 1
+    assert train(tmp_path / "a") == 1
+    assert train(tmp_path / "b", old, new) == 2, what
+
+
+def test_another_path_and_comments_are_the_same_training(tmp_path, capsys):
+    assert train(tmp_path / "a") == train(tmp_path / "b") == 1
+    assert train(tmp_path / "c", "ALPHA =", "# a comment\n\nALPHA =") == 1
+    assert capsys.readouterr().out.count("trained before") == 2
+
+
+def test_another_recipe_is_another_checkpoint_and_the_same_is_read(tmp_path, capsys):
+    changes = {"lr": 2e-3, "seed": 1, "epochs": 3, "weight_decay": 0.0, "batch": 8, "warmup": 1}
+    changes |= {"clip": 2.0, "precision": "bf16", "skip_bad_images": True}
+    calls = [{}, {}] + [{name: value} for name, value in changes.items()]
+    for number, change in enumerate(calls):
+        config = settings(tmp_path, **change)
+        common.fine_tune(config, "run", linear_model(), random_split(16), CLIP)
+        assert len(list(tmp_path.glob("checkpoints/*.pt"))) == max(1, number), change
+    assert capsys.readouterr().out.count("trained before") == 1
+
+
+@pytest.mark.parametrize("given", ["loss_fn", "optimiser"])
+def test_a_loss_or_an_optimiser_without_a_key_is_an_error(given, tmp_path):
+    model = linear_model()
+    own = {"loss_fn": len, "optimiser": torch.optim.SGD(model.parameters(), lr=1.0)}
+    with pytest.raises(ValueError, match="needs a key that names its settings"):
+        config, split = settings(tmp_path), random_split()
+        common.fine_tune(config, "run", model, split, CLIP, **{given: own[given]})
+
+
+def test_data_that_moved_keep_their_checkpoints_and_other_images_do_not(tmp_path):
+    data = image_files(tmp_path / "here")
+    assert train(tmp_path / "a", data=data) == 1
+    shutil.move(tmp_path / "here", tmp_path / "moved")
+    moved = [path.replace("/here/", "/moved/") for path in data.images]
+    data = common.Split("train", "elsewhere", moved, data.labels)
+    assert train(tmp_path / "b", data=data) == 1
+    assert train(tmp_path / "c", data=image_files(tmp_path / "other", height=31)) == 2
