@@ -226,7 +226,7 @@ def encode(model, images, texts, micro=0):
 
     if not 0 < micro < len(images):
         pieces = [encode_piece(images, texts)]
-    else:  # Differs (T12): adding up gradients of small batches, as the code's users do, is another
+    else:  # Differs (T12): the code's users add up gradients of small batches, another loss
         parts = zip(images.split(micro), texts.split(micro), strict=True)
         pieces = [checkpoint(encode_piece, *part, use_reentrant=False) for part in parts]
     return [common.gather(torch.cat(features)) for features in zip(*pieces, strict=True)]

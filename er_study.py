@@ -37,7 +37,6 @@ import glob
 import math
 import os
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,8 +82,7 @@ def check_shares(x):
     """Raises InputError for percent and NaN, whose logits would be left out without a word."""
     x = np.asarray(x, float)
     if not np.all((x >= 0) & (x <= 1)):
-        wrong = x[~((x >= 0) & (x <= 1))].ravel()[0]
-        raise common.InputError(f"an accuracy is {wrong}; expected shares, from 0 to 1")
+        raise common.InputError(f"accuracies are not all shares, from 0 to 1: {x}")
     return x
 
 
@@ -93,10 +91,7 @@ def fit_line(acc_id, acc_ood):
 
     used: bool [M], the pairs with both logits finite (E1). Accuracies are never clipped.
     """
-    acc_id, acc_ood = check_shares(acc_id), check_shares(acc_ood)
-    if acc_id.shape != acc_ood.shape or acc_id.ndim != 1:
-        raise common.InputError(f"baseline: {acc_id.shape} ID, {acc_ood.shape} OOD accuracies")
-    x, y = logit(acc_id), logit(acc_ood)
+    x, y = logit(check_shares(acc_id)), logit(check_shares(acc_ood))
     used = np.isfinite(x) & np.isfinite(y)  # Differs (E1): the text does not say
     if used.sum() < 3:
         raise common.InputError(f"baseline: {used.sum()} models with finite logits; needs 3")
@@ -112,11 +107,6 @@ def beta(acc_id, slope, intercept):
 def effective_robustness(acc_id, acc_ood, slope, intercept):
     """Sec. 3: rho = Acc_OOD - beta(Acc_ID), a difference of accuracies (shares), not of logits."""
     return acc_ood - beta(acc_id, slope, intercept)
-
-
-def clopper_pearson(k, n):
-    """Exact 95 % interval of a share, k images right of n.  -> low, high"""
-    return tuple(binomtest(int(k), int(n)).proportion_ci(method="exact"))
 
 
 def nobody_right(right):
@@ -161,12 +151,17 @@ class Line:
     low: float
     high: float  # range of ID accuracy
 
+    def extrapolates(self, acc_id):
+        return not self.low <= acc_id <= self.high  # Differs (E3): ours
 
-def baseline(testbed, ood, without=()):
-    """Line of a testbed for one shift. `without`: models to leave out; studied ones never enter."""
-    at_home, left_out = testbed.id_of[ood], {*testbed.studied, *without}
+
+def baseline(testbed, ood):
+    """Line of a testbed for one shift. Studied models never enter: they would pull it to them."""
+    at_home = testbed.id_of[ood]
     acc_id, acc_ood = testbed.accuracy(at_home), testbed.accuracy(ood)
-    kept = [m not in left_out for m in testbed.models] & ~np.isnan(acc_id) & ~np.isnan(acc_ood)
+    kept = (
+        [m not in testbed.studied for m in testbed.models] & ~np.isnan(acc_id) & ~np.isnan(acc_ood)
+    )
     slope, intercept, r2, used = fit_line(acc_id[kept], acc_ood[kept])
     if not used.all():
         print(f"{ood}: {(~used).sum()} models with an accuracy of 0 or 1 are not in the fit (E1)")
@@ -175,21 +170,6 @@ def baseline(testbed, ood, without=()):
     models, sizes = tuple(testbed.models[i] for i in rows), (testbed.n[at_home], testbed.n[ood])
     spread = float(own.std(ddof=2)), float(acc_id[rows].min()), float(acc_id[rows].max())
     return Line(at_home, ood, sizes, models, slope, intercept, r2, *spread)
-
-
-def er_of_model(line, model, sets, sizes, acc_id, acc_ood):
-    """(ER, extrapolated) of one model; refuses a model of the baseline, and other sets than its."""
-    if model in line.models:
-        raise common.InputError(
-            f"{model} is in its own baseline, which would pull the line to it; fit without it"
-        )
-    if (*sets, *sizes) != (line.id, line.ood, *line.sizes):
-        raise common.InputError(
-            f"the baseline is of {line.id} -> {line.ood} with {line.sizes} images, the model of"
-            f" {' -> '.join(sets)} with {tuple(sizes)}; one version and class subset for both"
-        )
-    er = effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
-    return float(er), not line.low <= acc_id <= line.high  # Differs (E3): ours
 
 
 @dataclass
@@ -277,24 +257,20 @@ def measure(measurement, run, step, epoch, right):
     found, drawn, val = [], [], right.get("val", np.zeros(0, bool))
     for ood, line in measurement.lines.items():
         a, b, sets = right[line.id], right[ood], (line.id, ood)
-        er, outside = er_of_model(line, run["run"], sets, (len(a), len(b)), a.mean(), b.mean())
         redrawn = [measurement.redraws.accuracy(s, right[s]) for s in sets]
         drawn.append(effective_robustness(*redrawn, *measurement.redraws.lines[ood]))
         low, high = testbeds.interval(drawn[-1])
-        in_a, in_b, fit = (
-            selection_half(len(a)),
-            selection_half(len(b)),
-            (line.slope, line.intercept),
-        )
+        in_a, in_b, fit = *map(selection_half, (len(a), len(b))), (line.slope, line.intercept)
         k_nobody, n_nobody = share_right(b, measurement.nobody.get(ood, np.zeros(len(b), bool)))
         checkpoint = Checkpoint(
             **run, step=step, epoch=epoch, shift=ood,
             k_id=int(a.sum()), n_id=len(a), k_val=int(val.sum()), n_val=len(val),
             k_ood=int(b.sum()), n_ood=len(b), k_nobody=k_nobody, n_nobody=n_nobody,
-            beta=float(beta(a.mean(), *fit)), er=er, er_lo=low, er_hi=high,
+            beta=float(beta(a.mean(), *fit)), er_lo=low, er_hi=high,
+            er=float(effective_robustness(a.mean(), b.mean(), *fit)),
             er_half=float(effective_robustness(a[in_a].mean(), b[in_b].mean(), *fit)),
             er_rest=float(effective_robustness(a[~in_a].mean(), b[~in_b].mean(), *fit)),
-            extrapolated=int(outside),
+            extrapolated=int(line.extrapolates(a.mean())),
         )  # fmt: skip
         found.append(checkpoint)
     return [*found, mean_of(found, testbeds.interval(np.mean(drawn, 0)))]
@@ -302,18 +278,11 @@ def measure(measurement, run, step, epoch, right):
 
 def mean_of(checkpoints, interval):
     """The Checkpoint "mean" of those of one evaluation."""
-
-    def mean(column):
-        return float(np.mean([getattr(c, column) for c in checkpoints]))
-
-    return replace(
-        checkpoints[0], shift="mean", k_ood=None, n_ood=None,
-        k_nobody=sum(c.k_nobody for c in checkpoints),
-        n_nobody=sum(c.n_nobody for c in checkpoints),
-        beta=mean("beta"), er=mean("er"), er_half=mean("er_half"), er_rest=mean("er_rest"),
-        er_lo=interval[0], er_hi=interval[1],
-        extrapolated=max(c.extrapolated for c in checkpoints),
-    )  # fmt: skip
+    columns = {f: [getattr(c, f) for c in checkpoints] for f in vars(checkpoints[0])}
+    new = {f: float(np.mean(columns[f])) for f in ("beta", "er", "er_half", "er_rest")}
+    new |= {f: sum(columns[f]) for f in ("k_nobody", "n_nobody")}
+    new |= {"k_ood": None, "n_ood": None, "extrapolated": max(columns["extrapolated"])}
+    return replace(checkpoints[0], shift="mean", er_lo=interval[0], er_hi=interval[1], **new)
 
 
 class Trajectory:
@@ -334,13 +303,8 @@ class Trajectory:
         Where evaluations before the checkpoint are lost, the second attempt starts anew.
         """
         for resume in (self.config.resume, False):
-            known = []
-            if resume and self.path.is_file():
-                try:
-                    known = read([self.path], self.measurement.lines)
-                except common.InputError as error:
-                    print(f"{error}; the run begins anew", file=sys.stderr)
-            self.checkpoints = common.broadcast(known)
+            paths = [self.path] if resume and self.path.is_file() else []
+            self.checkpoints = common.broadcast(read(paths, self.measurement.lines))
             if any(map(self.lacks, self.steps)):
                 yield resume
             if not any(map(self.lacks, self.steps)):
@@ -384,14 +348,11 @@ class Setting:
 def plan(config):
     """[Setting] of --kinds, of the first seed."""
     wanted = common.choose(config.kinds, KINDS, "--kinds")
-    rates = common.numbers(config.lr, "--lr")
-    settings = [Setting("zero-shot", lr, config.epochs, config.seed) for lr in rates]
-    settings += [
-        Setting("new-head", config.lr_new, config.epochs, config.seed),
-        Setting("head-only", config.lr_head, config.epochs, config.seed),
-        Setting("random", config.lr_random, config.epochs_random, config.seed),
-    ]
-    return [s for s in settings if s.kind in wanted]
+    rates = {"zero-shot": common.numbers(config.lr, "--lr"), "new-head": [config.lr_new]}
+    rates |= {"head-only": [config.lr_head], "random": [config.lr_random]}
+    epochs = dict.fromkeys(KINDS, config.epochs) | {"random": config.epochs_random}
+    kinds = [kind for kind in KINDS if kind in wanted]
+    return [Setting(kind, lr, epochs[kind], config.seed) for kind in kinds for lr in rates[kind]]
 
 
 def new_head(model, seed):
@@ -467,35 +428,26 @@ def parsers():
     def optional(parse):
         return lambda cell: parse(cell) if cell else None
 
-    known = {str: testbeds.text, int: testbeds.whole, float: testbeds.number}
+    known = {str: str, int: testbeds.whole, float: testbeds.number}
     known |= {t | None: optional(parse) for t, parse in known.items()}
     return {f.name: known[f.type] for f in dataclasses.fields(Checkpoint)}
 
 
 def read(paths, lines):
     """[Checkpoint] of trajectory files that were measured with `lines` {shift: Line}. Raises
-    InputError where a row contradicts itself or the lines, and where an evaluation is there twice
-    or in part.
+    InputError where a row contradicts the lines, and where an evaluation is there twice.
     """
-    evaluations, columns = {}, parsers()
+    found, columns = {}, parsers()
     for path in paths:
         for number, row in testbeds.read_csv(path, columns, ("run", "step", "shift")):
-            c, where = Checkpoint(**row), f"{path}, line {number}"
-            if problem := contradiction(c, lines):
-                raise common.InputError(f"{where}: {problem}")
-            of_shift = evaluations.setdefault((c.run, c.step), {})
-            if c.shift in of_shift:
-                raise common.InputError(
-                    f"{where}: step {c.step} of {c.run} is in another file, too"
-                )
-            of_shift[c.shift] = c
-    for (run, step), of_shift in evaluations.items():
-        if lacking := {*lines, "mean"} - {*of_shift}:
-            raise common.InputError(f"step {step} of {run} lacks the shift {min(lacking)}")
-        gap = of_shift["mean"].er - np.mean([of_shift[s].er for s in lines])
-        if not abs(gap) < 1e-6:
-            raise common.InputError(f"step {step} of {run}: the mean ER is not that of its shifts")
-    return [c for of_shift in evaluations.values() for c in of_shift.values()]
+            c = Checkpoint(**row)
+            problem = contradiction(c, lines)
+            if (c.run, c.step, c.shift) in found:
+                problem = f"step {c.step} of {c.run} is in another file, too"
+            if problem:
+                raise common.InputError(f"{path}, line {number}: {problem}")
+            found[c.run, c.step, c.shift] = c
+    return list(found.values())
 
 
 def contradiction(c, lines):
@@ -506,18 +458,18 @@ def contradiction(c, lines):
         return f"the testbed has no shift {c.shift!r}; it has {', '.join(lines)}"
     for part in ("id", "val", "ood", "nobody"):
         k, n = getattr(c, f"k_{part}") or 0, getattr(c, f"n_{part}") or 0
-        if k > n or (n == 0 and part in ("id", "ood") and c.shift != "mean"):
+        if k > n:
             return f"k_{part} {k} of n_{part} {n}"
-    if not (0 <= c.beta <= 1 and -1 <= c.er <= 1 and c.extrapolated in (0, 1)):
-        return f"beta {c.beta}, er {c.er}, extrapolated {c.extrapolated}; expected shares, 0 or 1"
     if c.shift == "mean":
         return ""
-    line, er = lines[c.shift], c.k_ood / c.n_ood - c.beta
-    if not abs(er - c.er) < 1e-6:
-        return f"er is {c.er}, but k_ood / n_ood - beta is {er}"
-    if not abs(beta(c.k_id / c.n_id, line.slope, line.intercept) - c.beta) < 1e-6:
-        return f"beta {c.beta} is not on the testbed's line: it was measured with another testbed"
-    return ""
+    expected = beta(c.k_id / c.n_id, lines[c.shift].slope, lines[c.shift].intercept)
+    er = c.k_ood / c.n_ood - expected
+    if abs(expected - c.beta) < 1e-6 and abs(er - c.er) < 1e-6:
+        return ""
+    return (
+        f"beta {c.beta} and er {c.er}, but the testbed's line gives {expected:.6f} and {er:.6f}:"
+        " it was measured with another testbed"
+    )
 
 
 def curve(checkpoints, shift):
@@ -542,31 +494,31 @@ def at_accuracy(c, accuracy):
     return float(np.interp(logit(accuracy), x, y)) if inside else math.nan
 
 
-def summarise(checkpoints, shift, accuracies=(0.8, 0.9, 0.94)):
+def summarise(checkpoints, shift):
     """One run's ER in a few numbers: at the start, the largest (as is; after a median of three
     checkpoints; free of selection, E5), where, at the last and at the best checkpoint on ID val,
     and at fixed ID accuracies. Shares.
     """
     c = curve(checkpoints, shift)
-    top, best, steps = int(c["er"].argmax()), int(c["val"].argmax()), len(c["er"])
+    steps = len(c["er"])
     smooth = [np.median(c["er"][max(0, i - 1) : i + 2]) for i in range(steps)]
     # Differs (E5): how the paper sums up a curve is not known to us
     half, rest = c["er_half"], c["er_rest"]
     picks = [(rest, half.argmax()), (half, rest.argmax())]  # scored on, chosen on the other
     out = {"start": c["er"][0], "start_lo": c["er_lo"][0], "start_hi": c["er_hi"][0]}
-    out |= {"max": c["er"][top], "max_id": c["id"][top], "max_epoch": c["epoch"][top]}
-    out |= {"max_median": max(smooth), "max_free": np.mean([er[i] for er, i in picks])}
+    out |= {"max": c["er"].max(), "max_median": max(smooth)}
+    out |= {"max_free": np.mean([er[i] for er, i in picks])}
     out |= {"free_id": np.mean([c["id"][i] for _, i in picks])}
     out |= {"free_epoch": np.mean([c["epoch"][i] for _, i in picks])}
     out |= {"rise": np.mean([er[i] - er[0] for er, i in picks])}
     out |= {"fall": np.mean([er[i] - er[-1] for er, i in picks])}
     out |= {"last": c["er"][-1], "last_lo": c["er_lo"][-1], "last_hi": c["er_hi"][-1]}
     last = max((r for r in checkpoints if r.shift == shift), key=lambda r: r.step)
-    low, high = clopper_pearson(last.k_id, last.n_id)
-    out |= {"last_id": c["id"][-1], "last_id_lo": low, "last_id_hi": high}
+    exact = binomtest(last.k_id, last.n_id).proportion_ci()  # Clopper-Pearson, 95 %
+    out |= {"last_id": c["id"][-1], "last_id_lo": exact.low, "last_id_hi": exact.high}
     out |= {"outside": c["extrapolated"][0], "last_outside": c["extrapolated"][-1]}
-    out |= {"best_val": c["er"][best]}
-    return out | {f"at {a:g}": at_accuracy(c, a) for a in accuracies}
+    out |= {"best_val": c["er"][c["val"].argmax()]}
+    return out | {f"at {a:g}": at_accuracy(c, a) for a in (0.8, 0.9, 0.94)}
 
 
 def by_run(checkpoints):
@@ -625,61 +577,20 @@ def print_runs(groups, shift):
         mean = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
         star, end = (" *" * bool(mean[k]) for k in ("outside", "last_outside"))
         spread = f" sd {100 * np.std([x['last'] for x in s], ddof=1):.1f}" if len(s) > 1 else ""
-        last_id = f"{mean['last_id']:.1f} [{mean['last_id_lo']:.1f}, {mean['last_id_hi']:.1f}]"
-        last = with_interval(mean["last"], mean["last_lo"], mean["last_hi"])
-        cells = [
-            with_interval(mean["start"], mean["start_lo"], mean["start_hi"]) + star,
-            *(signed(mean[k]) for k in ("max", "max_median", "max_free")),
-            f"{mean['free_id']:.1f} / {mean['free_epoch'] / 100:.2g}",
-            over_runs([x["rise"] for x in s]) + star,
-            over_runs([x["fall"] for x in s]) + end,
-            last_id,
-            last + end + spread,
-            *(signed(mean[k]) for k in mean if k == "best_val" or k.startswith("at ")),
-        ]
+        cells = [with_interval(mean["start"], mean["start_lo"], mean["start_hi"]) + star]
+        cells += [signed(mean[k]) for k in ("max", "max_median", "max_free")]
+        cells += [f"{mean['free_id']:.1f} / {mean['free_epoch'] / 100:.2g}"]
+        cells += [over_runs([x["rise"] for x in s]) + star, over_runs([x["fall"] for x in s]) + end]
+        cells += [f"{mean['last_id']:.1f} [{mean['last_id_lo']:.1f}, {mean['last_id_hi']:.1f}]"]
+        cells += [with_interval(mean["last"], mean["last_lo"], mean["last_hi"]) + end + spread]
+        cells += [signed(mean[k]) for k in ("best_val", "at 0.8", "at 0.9", "at 0.94")]
         lines.append([name, *cells])
     header = ["ER in points", "start [95 %]", "max", "of medians", "unbiased", "at ID / epoch"]
-    header += ["rise", "fall"]
-    header += ["last ID [95 %]", "last ER [95 %]", "best val", "at ID 80", "90", "94"]
+    header += ["rise", "fall", "last ID [95 %]", "last ER [95 %]", "best val", "at ID 80"]
+    header += ["90", "94"]
     every = "all shifts, those without a line too" if shift == "mean" else shift
     title = f"effective robustness on {every}; -: that ID accuracy is not passed; *: extrapolated"
     print("\n" + common.table(header, lines, title))
-
-
-def summary(groups, lines, shift):
-    """Sentences on the tables, computed from them."""
-    weak = [f"{s} ({line.r2:.2f})" for s, line in lines.items() if line.r2 < 0.5]
-    first = f"{shift} has the line that explains most, with R2 {lines[shift].r2:.2f}."
-    if weak:
-        first += f" R2 is below 1/2, so that ER is hardly defined, on {', '.join(weak)}."
-    stories = {
-        "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
-        "new-head": "A new head on the pre-trained encoder",
-        "random": "From scratch",
-    }
-    sentences = [first]
-    for start, text in stories.items():
-        for name, runs in groups.items():
-            if name.startswith(start):
-                sentences.append(f"{text} ({name}): {describe_runs(list(runs.values()), shift)}")
-    print()
-    for number, text in enumerate(sentences, 1):
-        print(textwrap.fill(f"{number}. {text}", 100, subsequent_indent="   "))
-
-
-def describe_runs(runs, shift):
-    """Is there a bump, how high, where, and is ER gone at the end?"""
-    s = [summarise(checkpoints, shift) for checkpoints in runs]
-    m = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
-    gone = "includes" if m["last_lo"] <= 0 <= m["last_hi"] else "excludes"
-    rise, fall = (over_runs([x[k] for x in s]) for k in ("rise", "fall"))
-    many = f"; intervals of rise and fall over {len(s)} runs" if len(s) > 1 else ""
-    return (
-        f"ER on {shift} is {m['start']:+.1f} points at the start, at most {m['max_free']:+.1f}"
-        f" (rise {rise}, free of selection, at ID {m['free_id']:.0f} %), then lower by {fall}:"
-        f" at the end {with_interval(m['last'], m['last_lo'], m['last_hi'])} (models and"
-        f" images), which {gone} 0{many}."
-    )
 
 
 TICKS = (1, 2, 5, 10, 20, 30, 50, 70, 80, 85, 90, 95, 98, 99)
@@ -793,13 +704,12 @@ def figure(config, testbed, lines, groups, shift):
 
 
 def report(config, testbed, lines, checkpoints, redraws=None):
-    """Tables, figures and sentences, from the testbed and trajectories alone."""
+    """Tables and a figure, from the testbed and trajectories alone."""
     groups, shift = by_run(checkpoints), best_line(lines)
     print_lines(testbed, lines, redraws)
     for s in (shift, "mean"):
         print_runs(groups, s)
     figure(config, testbed, lines, groups, shift)
-    summary(groups, lines, shift)
     return groups
 
 
@@ -812,9 +722,7 @@ def saved(pattern):
         raise common.InputError(f"--plot {pattern}: no trajectories, or no testbed.csv by them")
     testbed = testbeds.read_counts(beds[0])
     lines = {ood: baseline(testbed, ood) for ood in testbed.id_of}
-    if checkpoints := read(paths, lines):
-        return testbed, lines, checkpoints
-    raise common.InputError(f"--plot {pattern}: no whole evaluation in {len(paths)} files")
+    return testbed, lines, read(paths, lines)
 
 
 # Published models: real ER, from the counts of data/testbeds; lab/er_published.py draws them.
@@ -833,10 +741,10 @@ def studied_points(testbed, lines, redraws):
             if np.isnan(k).any():
                 continue
             acc = k[0] / n[0], k[1] / n[1]
-            er, outside = er_of_model(line, model, sets, n, *acc)
+            er = effective_robustness(*acc, line.slope, line.intercept)
             drawn = [redraws.accuracy(s, k=a, n=b) for s, a, b in zip(sets, k, n, strict=True)]
             low, high = testbeds.interval(effective_robustness(*drawn, *redraws.lines[ood]))
-            points.append((model, ood, *acc, er, low, high, outside))
+            points.append((model, ood, *acc, er, low, high, line.extrapolates(acc[0])))
     return points
 
 

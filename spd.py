@@ -176,16 +176,18 @@ class AdamSPD(torch.optim.Optimizer):
                  keeps them (4 bytes a parameter). "zero": the origin, for PEFT. "none": plain Adam.
     condition    "code": of each step alone, as the authors' code; "paper": accumulated (S4).
     weight_decay AdamW's, towards 0, taken off before the step. 0 is SPD as published.
+    master       fp16 and bf16 weights have a copy in fp32, and the steps change that one: otherwise
+                 they lose every change that is smaller than their grid.
     fused        the compiled kernel. None: where csrc/ is there and the tensors of a step have a
                  million elements or more, since for less its build would not pay. True: insist.
     foreach      `spd_step_foreach`, not for sharded or half weights. None: on a GPU without kernel.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, spd_lambda=1.0,
-                 anchor="pretrained", condition="code", weight_decay=0.0, fused=None,
-                 foreach=None):  # fmt: skip
+                 anchor="pretrained", condition="code", weight_decay=0.0, master=False,
+                 fused=None, foreach=None):  # fmt: skip
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, spd_lambda=spd_lambda, anchor=anchor)
-        defaults |= dict(condition=condition, weight_decay=weight_decay)
+        defaults |= dict(condition=condition, weight_decay=weight_decay, master=master)
         super().__init__(params, defaults | dict(fused=fused, foreach=foreach))
 
     def add_param_group(self, group):
@@ -217,7 +219,7 @@ class AdamSPD(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and param.numel():
                     state = self._ready(param, group)
-                    key = param.device, param.dtype, state["step"]
+                    key = param.device, param.dtype, "master" in state, state["step"]
                     together.setdefault(key, []).append(param)
             for params in together.values():
                 self._step(params, group)
@@ -230,8 +232,11 @@ class AdamSPD(torch.optim.Optimizer):
         state = self.state[param]
         if "step" not in state or (group["anchor"] == "pretrained" and "anchor" not in state):
             raise ValueError("AdamSPD: the state was reset, and with it the anchors are lost")
+        if group["master"] and param.dtype in (torch.float16, torch.bfloat16):
+            state.setdefault("master", param.detach().float())
+        wide = state.get("master", param).dtype
         for name in set(state) - {"step"}:  # the model may have moved
-            dtype = torch.float64 if name == "condition" else param.dtype
+            dtype = torch.float64 if name == "condition" else wide
             state[name] = state[name].to(param.device, dtype)
         return state
 
@@ -239,25 +244,28 @@ class AdamSPD(torch.optim.Optimizer):
         """One step of parameters of one device, type and step count."""
         states = [self.state[p] for p in params]
         anchors, step = [s.get("anchor") for s in states], states[0]["step"] + 1
+        weights = [s.get("master", p) for s, p in zip(states, params, strict=True)]
+        grads = [p.grad.to(w.dtype) for p, w in zip(params, weights, strict=True)]
         if step == 1 and group["anchor"] == "pretrained":  # this waits for the device
-            if any(whole((p != a).sum()) for p, a in zip(params, anchors, strict=True)):
+            if any(whole((w != a).sum()) for w, a in zip(weights, anchors, strict=True)):
                 problem = "the weights are no longer those it was made of, which are the anchors"
                 warnings.warn(f"AdamSPD: {problem}; load weights first", stacklevel=5)
         conditions = None
         if group["condition"] == "paper":
             conditions = torch.stack([s["condition"] for s in states])
         if group["weight_decay"]:
-            for param in params:
-                param.mul_(1 - float(group["lr"]) * group["weight_decay"])
+            for weight in weights:
+                weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
         if group["anchor"] == "none":
             group = group | {"spd_lambda": 0.0}
         moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        tensors = params, anchors, [p.grad for p in params], *moments
-        self.update(tensors, step, group, conditions)
-        for i, state in enumerate(states):
+        self.update((weights, anchors, grads, *moments), step, group, conditions)
+        for i, (state, param) in enumerate(zip(states, params, strict=True)):
             state["step"] = step
             if conditions is not None:
                 state["condition"].copy_(conditions[i])
+            if "master" in state:
+                param.copy_(state["master"])
 
     def update(self, tensors, step, group, conditions):
         """`spd_step` of the five lists `tensors`. A subclass has another rule here."""
@@ -272,9 +280,9 @@ class AdamSPD(torch.optim.Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for param, i in zip(params, ids, strict=True):
-            saved = state_dict["state"].get(i, {})
-            if "condition" in saved:  # fp64, and torch has given it the parameter's type
-                self.state[param]["condition"] = saved["condition"].to(param.device)
+            for name, value in state_dict["state"].get(i, {}).items():
+                if torch.is_tensor(value):  # in its own type: torch has given it the parameter's
+                    self.state[param][name] = value.to(param.device)
 
 
 def check_options(optimiser, group):
@@ -519,12 +527,12 @@ def add_drop_path(visual, rate):
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def deviation(model, start):
-    """||theta_T - theta_0|| of all parameters."""
-    start = dict(start.named_parameters())
-    pairs = [(p, start[name].to(p.device)) for name, p in model.named_parameters()]
-    norms = [(p - anchor).double().norm().item() for p, anchor in pairs]
-    return math.sqrt(sum(x * x for x in norms))
+def deviations(model, start):
+    """{parameter: ||theta_T - theta_0||}, in network order."""
+    start, norms = dict(start.named_parameters()), {}
+    for name, param in model.named_parameters():
+        norms[name] = (param - start[name].to(param.device)).double().norm().item()
+    return norms
 
 
 def evaluate(config, data, clip, start, model, name, **numbers):
@@ -532,7 +540,8 @@ def evaluate(config, data, clip, start, model, name, **numbers):
     splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
     right = {n: common.predict(config, {"": model}, s, clip)[""].right for n, s in splits.items()}
     numbers["val"] = right.pop("val").double().mean().item()
-    numbers["deviation"] = deviation(model, start)
+    numbers["layers"] = deviations(model, start)
+    numbers["deviation"] = math.sqrt(sum(x * x for x in numbers["layers"].values()))
     return common.Row(name, config.seed, right, ours=True, numbers=numbers)
 
 
@@ -566,25 +575,35 @@ def print_table(config, rows):
 
 
 def figure(config, rows):
-    """ID and shift accuracy over the strengths: Tab. 2 as a curve for each method."""
-    header = ["method", "ID accuracy, %", "mean accuracy under shift, %"]
-    with common.figure(f"{config.out}/figures/spd", header) as (axes, numbers):
-        axis = axes[0, 0]
-        axis.set(xlabel=header[1], ylabel=header[2])
+    """ID and shift accuracy over the strengths: Tab. 2 as a curve for each method. How far each
+    weight tensor went, at the method's first strength.
+    """
+    header = ["panel", "series", "x", "y"]
+    with common.figure(f"{config.out}/figures/spd", header, columns=2) as (axes, numbers):
+        left, right = axes[0]
+        left.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
+        right.set(xlabel="weight tensor, in network order", ylabel="deviation")
         for family in dict.fromkeys(r.numbers["family"] for r in rows):
             own = [r for r in rows if r.numbers["family"] == family]
             names = list(dict.fromkeys(r.method for r in own))
             means = [common.accuracies(own, name) for name in names]
             x, y = [m[common.ID] for m in means], [common.mean_shift(m) for m in means]
-            numbers += zip(names, x, y, strict=True)
+            numbers += [("accuracy", *row) for row in zip(names, x, y, strict=True)]
             if family == "Zero-shot":  # so far left of the others that only its height is drawn
-                axis.axhline(y[0], ls=":", color="0.4", label=f"Zero-shot, at ID {x[0]:.1f}")
+                left.axhline(y[0], ls=":", color="0.4", label=f"Zero-shot, at ID {x[0]:.1f}")
                 continue
-            axis.plot(x, y, "o-", label=family)
+            left.plot(x, y, "o-", label=family)
             for name, *point in zip(names, x, y, strict=True):
                 strength = name.removeprefix(family)
-                axis.annotate(strength, point, (4, 3), textcoords="offset points", fontsize=7)
-        axis.legend()
+                left.annotate(strength, point, (4, 3), textcoords="offset points", fontsize=7)
+            layers = [r.numbers["layers"] for r in own if r.method == names[0]]
+            weights = [name for name in layers[0] if name.endswith("weight")]
+            far = [fmean(of_run[name] for of_run in layers) for name in weights]
+            right.plot(far, "o-", ms=3, label=names[0])
+            numbers += [("deviation", f"{names[0]}: {n}", i, d)
+                        for i, (n, d) in enumerate(zip(weights, far, strict=True))]  # fmt: skip
+        left.legend()
+        right.legend()
 
 
 def print_gains(rows):

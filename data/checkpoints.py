@@ -238,13 +238,26 @@ class Opaque(dict):
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
-        vars(self).update(state if isinstance(state, dict) else {})
-
     def append(self, item):
         pass
 
     add = append
+
+
+class Unpickler(pickle._Unpickler):
+    """Python's own unpickler, in which a pickle can set attributes of an `Opaque` and of nothing
+    else. The one in C is faster and cannot be told that.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self):
+        state, target = self.stack.pop(), self.stack[-1]
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(target, Opaque) and isinstance(part, dict):
+                vars(target).update(part)
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def rebuild_tensor(storage, offset, size, stride, *rest):
@@ -272,7 +285,7 @@ def read_pickle(path, is_zip):
     """
     seen = set()
 
-    class Reader(pickle.Unpickler):
+    class Reader(Unpickler):
         def find_class(self, module, name):
             seen.add(name)
             return ALLOWED.get((module, name)) or type(name, (Opaque,), {})

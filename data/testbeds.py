@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import logit
 
-from data.trees import InputError, did_you_mean
+from data.trees import InputError
 
 FOLDER = Path(__file__).resolve().parent / "testbeds"
 PUBLISHED = ("cifar10", "imagenet", "imagenet2020")
@@ -63,9 +63,6 @@ class Testbed:
         return self.k[name] / self.n[name]
 
     def row(self, model):
-        if model not in self.models:
-            hint = did_you_mean(model, self.models)
-            raise InputError(f"testbed {self.name} has no model {model!r}{hint}")
         return self.models.index(model)
 
 
@@ -91,31 +88,30 @@ def read(path):
         raise InputError(f"--testbed {path}: expected all, {known}, or a file, .csv or .npz")
     if path.suffix == ".npz":
         return read_bits(path)
-    return read_counts(path) if "role" in header_of(path) else read_percent(path)
+    return read_counts(path) if "role" in lines_of(path)[0][1] else read_percent(path)
 
 
 def read_counts(path):
     """The form of `write`: model, role, then a column `set:n` of counts for each set."""
-    n = {}
-    for column in (c for c in header_of(path) if c not in ("model", "role")):
-        name, _, images = column.rpartition(":")
-        if not (name and images.isdecimal() and int(images)):
-            raise InputError(f"{path}, column {column!r}: expected model, role, or SET:IMAGES")
-        n[name] = int(images)
-    columns = {"model": text, "role": role} | {f"{s}:{n[s]}": count_of(n[s]) for s in n}
+    columns, n = {"model": str, "role": str}, {}
+    for column in lines_of(path)[0][1]:
+        if column not in columns:
+            name, _, images = column.rpartition(":")
+            if not images.isdecimal():
+                raise InputError(f"{path}, column {column!r}: expected SET:IMAGES")
+            n[name] = int(images)
+    columns |= {f"{s}:{images}": up_to(images, whole) for s, images in n.items()}
     rows = [row for _, row in read_csv(path, columns, unique=["model"])]
-    k = {s: np.array([r[f"{s}:{n[s]}"] for r in rows]) for s in n}
-    studied = tuple(r["model"] for r in rows if r["role"] == "studied")
-    return Testbed(path.stem, [r["model"] for r in rows], n, k, pairs(n), {}, studied)
+    k = {s: np.array([row[f"{s}:{n[s]}"] for row in rows]) for s in n}
+    studied = tuple(row["model"] for row in rows if row["role"] == "studied")
+    return Testbed(path.stem, [row["model"] for row in rows], n, k, pairs(n), {}, studied)
 
 
 def read_percent(path):
     """The 2020 table: percent per setting. Its models and their roles are those of imagenet2020."""
     known = read("imagenet2020")
-    columns = {"model": text} | dict.fromkeys(known.n, percent)
+    columns = {"model": str} | dict.fromkeys(known.n, up_to(100, number))
     rows = {row["model"]: row for _, row in read_csv(path, columns, unique=["model"])}
-    if lacking := [m for m in known.models if m not in rows]:
-        raise InputError(f"{path}: no model {lacking[0]!r}; expected the 2020 table")
     k = {}
     for s, n in known.n.items():
         found = np.array([rows[m][s] for m in known.models])
@@ -132,13 +128,8 @@ def read_bits(path):
             names = [str(model) for model in z["models"]]
             studied = [str(model) for model in z["studied"]] if "studied" in z else []
             title = str(z["name"]) if "name" in z else path.stem
-            packed = {s: (z[s], int(z[s + "/n"])) for s in z.files if s + "/n" in z.files}
-        shape = {s: (len(names), math.ceil(n / 8)) for s, (_, n) in packed.items()}
-        if wrong := [s for s, (bits, n) in packed.items() if n < 1 or bits.shape != shape[s]]:
-            raise ValueError(f"{wrong[0]} is not of {len(names)} models and its number of images")
-        if not packed or len(set(names)) < len(names):
-            raise ValueError("a model is there twice" if packed else "it has no set")
-        right = {s: np.unpackbits(bits, axis=1)[:, :n] == 1 for s, (bits, n) in packed.items()}
+            sizes = {s: int(z[f"{s}/n"]) for s in z.files if f"{s}/n" in z.files}
+            right = {s: np.unpackbits(z[s], axis=1, count=n) == 1 for s, n in sizes.items()}
     except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no per-example testbed ({error})") from error
     for model in set(names) & set(BROKEN):
@@ -176,23 +167,19 @@ def write(testbed, path):
 # --- CSV by a schema: a wrong number is refused where it stands, instead of computed with ---------
 
 
-def header_of(path):
-    """Names of the columns of a CSV file. Raises InputError."""
-    return next(lines_of(path), (1, []))[1]
-
-
 def lines_of(path):
-    """Yields (number, cells) of the lines of a CSV file that are not empty; a byte-order mark is
+    """[(number, cells)] of the lines of a CSV file that are not empty; a byte-order mark is
     skipped. Raises InputError.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, cells
+            found = [(reader.line_num, cells) for cells in reader if cells]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error})") from error
+    if not found:
+        raise InputError(f"{path} is empty")
+    return found
 
 
 def read_csv(path, columns, unique):
@@ -202,12 +189,13 @@ def read_csv(path, columns, unique):
     expected; unique: columns whose values together stand in one row only. Raises InputError by line
     and column.
     """
-    header, rows, seen = header_of(path), [], {}
+    (_, header), *lines = lines_of(path)
     for name in columns:
         if header.count(name) != 1:
             found = f"no column {name!r}" if name not in header else f"two columns {name!r}"
-            raise InputError(f"{path}: {found}; it has {', '.join(header)[:200] or 'no line'}")
-    for line, cells in list(lines_of(path))[1:]:
+            raise InputError(f"{path}: {found}; it has {', '.join(header)[:200]}")
+    rows, seen = [], {}
+    for line, cells in lines:
         if len(cells) != len(header):
             raise InputError(f"{path}, line {line}: {len(cells)} cells under {len(header)} columns")
         row = {}
@@ -225,20 +213,7 @@ def read_csv(path, columns, unique):
     return rows
 
 
-def text(cell):
-    if not cell.strip():
-        raise ValueError("expected a name")
-    return cell
-
-
-def role(cell):
-    if cell not in ("testbed", "studied"):
-        raise ValueError("expected testbed or studied")
-    return cell
-
-
 def whole(cell):
-    """A count."""
     if not (cell.isascii() and cell.isdigit()):
         raise ValueError("expected a whole number, 0 or more")
     return int(cell)
@@ -246,32 +221,21 @@ def whole(cell):
 
 def number(cell):
     try:
-        value = float(cell)
+        return float(cell)
     except ValueError:
-        value = math.inf
-    if math.isinf(value):
-        raise ValueError("expected a finite number")
-    return value
+        raise ValueError("expected a number") from None
 
 
-def percent(cell):
-    """From 0 to 100; nan where not evaluated."""
-    value = number(cell or "nan")
-    if value < 0 or value > 100:
-        raise ValueError("expected percent, from 0 to 100")
-    return value
+def up_to(most, parse):
+    """Function that reads a number from 0 to `most`; nan where not evaluated."""
 
-
-def count_of(n):
-    """Function that reads a count of at most n; nan where not evaluated."""
-
-    def parse(cell):
-        value = whole(cell) if cell else math.nan
-        if value > n:
-            raise ValueError(f"expected at most {n}, the number of images")
+    def read_cell(cell):
+        value = parse(cell) if cell else math.nan
+        if value < 0 or value > most:
+            raise ValueError(f"expected a number from 0 to {most}")
         return float(value)
 
-    return parse
+    return read_cell
 
 
 # --- redrawing models and images: intervals (ours) ------------------------------------------------

@@ -248,10 +248,9 @@ def open_cifar10(batches):
     for version, expected in (("v6", 2_000), ("v4", 2_021)):  # v6 is the one to use if both exist
         files = [folder / f"cifar10.1_{version}_data.npy" for folder in folders]
         if file := next(filter(Path.is_file, files), None):
-            labels = np.load(file.with_name(f"cifar10.1_{version}_labels.npy"))
-            shifts.append(
-                array_split(f"CIFAR-10.1 {version}", file, np.load(file), labels, expected)
-            )
+            images = np.load(file, allow_pickle=False)
+            labels = np.load(file.with_name(f"cifar10.1_{version}_labels.npy"), allow_pickle=False)
+            shifts.append(array_split(f"CIFAR-10.1 {version}", file, images, labels, expected))
             break
     else:
         missing.append(f"CIFAR-10.1 (no cifar10.1_v6_data.npy in {batches.parent} or CIFAR-10.1/)")
@@ -380,8 +379,10 @@ def domainnet_split(name, domain, part, names):
     if path is None:
         raise InputError(f"{domain} has no {domain.name}_{part}.txt beside it: add it.")
     files, labels = [], []
-    for line in read_text(path).splitlines():
-        file, label = line.rsplit(maxsplit=1)
+    for line in filter(str.strip, read_text(path).splitlines()):
+        file, _, label = line.strip().rpartition(" ")
+        if not label.isdecimal() or "/" not in file:
+            raise InputError(f"{path}: expected lines 'real/axe/1.jpg 9', found {line!r}.")
         files.append(os.path.join(domain.parent, file))
         labels.append(int(label))
         names.add((int(label), file.split("/")[-2]))

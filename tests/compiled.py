@@ -1,10 +1,8 @@
 """The compiled kernels as the tests use them: one cold build a session, in a folder of its own.
 
-A fresh process builds them, as the first run of somebody would who has copied csrc/ into an empty
-project, over the lock that a killed build has left behind. Where nvcc is found and PyTorch is a
-CUDA build, the CUDA kernels are compiled and linked as well, for every GPU generation from Turing
-to Blackwell, warnings and register spills as errors: it takes a GPU to run them, not to build.
-About 35 CPU seconds, half of them nvcc's.
+A fresh process builds them, in a project that has csrc/ alone, over the lock of a killed build.
+Where nvcc is found and PyTorch is a CUDA build, the CUDA kernels are built as well, for every GPU
+generation from Turing to Blackwell, warnings and register spills as errors.
 """
 
 import atexit
@@ -63,14 +61,9 @@ def said():
         if not text.read():
             project = folder / "project"
             shutil.copytree(build.CSRC, project / "csrc")
-            done = subprocess.run(
-                [sys.executable, "-c", FIRST_RUN],
-                cwd=project,
-                env={**os.environ, "PYTHONPATH": "", "NVCC_APPEND_FLAGS": NVCC_FLAGS},
-                capture_output=True,
-                text=True,
-                timeout=900,
-            )
+            environment = {**os.environ, "PYTHONPATH": "", "NVCC_APPEND_FLAGS": NVCC_FLAGS}
+            options = {"cwd": project, "env": environment, "capture_output": True, "text": True}
+            done = subprocess.run([sys.executable, "-c", FIRST_RUN], timeout=900, **options)
             text.write(done.stdout + done.stderr)
         text.seek(0)
         return text.read()
@@ -92,3 +85,17 @@ def kernels(level=None):
     if level and level not in kernels.levels:
         pytest.skip(f"this CPU does not offer {level}")
     return kernels
+
+
+def under_each_default(call):
+    """[call() with each of torch's default types and devices that a user may have set]"""
+    found = []
+    for default in (torch.float64, torch.bfloat16, "meta"):
+        by_name = torch.set_default_device if default == "meta" else torch.set_default_dtype
+        try:
+            by_name(default)
+            found.append(call())
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+    return found

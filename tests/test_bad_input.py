@@ -62,6 +62,7 @@ def bad(tmp_path_factory):
     at["file"].write_text("words")
     at["empty"].mkdir()
     image_files(at["tree"])
+    (at["tree"] / "test").symlink_to(at["tree"] / "train")
     torch.save({"visual.proj": torch.zeros(9999)}, at["cut"])
     at["cut"].write_bytes(at["cut"].read_bytes()[:5000])
     return at | {"tiny": common.EMBEDDED / "tiny_clip.npz", "long": "x" * 5000}

@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import json
 import os
 import pickle
 import sys
@@ -74,10 +73,8 @@ def contents(state, clip):
 @pytest.mark.parametrize("how", ["torch.save", "torch before 1.6", "pickle.dump"])
 @pytest.mark.parametrize("kind", contents({}, nn.Identity()))
 def test_weights_come_back_from_every_kind_of_pickle(kind, how, clip, state, tmp_path):
-    content, path = (
-        contents(state, clip)[kind],
-        tmp_path / "w.safetensors",
-    )  # the suffix says nothing
+    content = contents(state, clip)[kind]
+    path = tmp_path / "w.safetensors"  # the suffix says nothing
     if how == "pickle.dump":
         path.write_bytes(pickle.dumps(content))
     else:
@@ -157,6 +154,17 @@ def test_a_hostile_pickle_is_not_run(write, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("attribute", [b"evil!", b"__code__"])
+def test_a_pickle_sets_no_attribute_of_what_it_may_call(attribute, tmp_path):
+    key = b"X" + len(attribute).to_bytes(4, "little") + attribute
+    state = b"N}" + key + b"cos\nsystem\ns\x86"  # what setattr would get
+    program = b"\x80\x02ctorch._utils\n_rebuild_tensor\n" + state + b"b."
+    (tmp_path / "w.pt").write_bytes(program)
+    with pytest.raises(common.InputError, match="0 image towers"):
+        checkpoints.read_weights(tmp_path / "w.pt")
+    assert not hasattr(checkpoints.rebuild_tensor, "evil!")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torchscript_is_a_program_and_read_only_if_openais_or_trusted(tmp_path):
     class Visual(nn.Module):
@@ -175,9 +183,8 @@ def test_torchscript_is_a_program_and_read_only_if_openais_or_trusted(tmp_path):
     assert set(found) == {"visual.weight", "visual.bias"} and metadata["quick_gelu"] is True
 
 
-@pytest.mark.parametrize("image_tower_alone", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_of_transformers_gives_the_same_embeddings(image_tower_alone, tmp_path):
+def test_a_model_of_transformers_gives_the_same_embeddings(tmp_path):
     from open_clip.model import CLIP
 
     transformers = pytest.importorskip("transformers")
@@ -191,25 +198,21 @@ def test_a_model_of_transformers_gives_the_same_embeddings(image_tower_alone, tm
     image |= {"image_size": 16, "patch_size": 8}
     text = {**both, "hidden_size": 16, "intermediate_size": 64, "max_position_embeddings": 8}
     text |= {"vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49}
+    settings = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
+    whole = transformers.CLIPModel(settings).eval()
+    tower = transformers.CLIPVisionModelWithProjection(settings.vision_config).eval()
     pixels, tokens = torch.randn(2, 3, 16, 16), torch.tensor([[48, 5, 7, 49, 0, 0, 0, 0]])
-    if image_tower_alone:
-        settings = transformers.CLIPVisionConfig(**image)
-        theirs = transformers.CLIPVisionModelWithProjection(settings).eval()
-    else:
-        settings = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
-        theirs = transformers.CLIPModel(settings).eval()
-    theirs.save_pretrained(tmp_path / "clip")
-    found, metadata = checkpoints.read_weights(tmp_path / "clip")  # the folder that they wrote
-    assert metadata == {"quick_gelu": False}
-    if image_tower_alone:
+    wanted = whole(input_ids=tokens, pixel_values=pixels)
+    for theirs, embedded in (
+        (tower, tower(pixel_values=pixels).image_embeds),
+        (whole, whole.visual_projection(whole.vision_model(pixels).pooler_output)),
+    ):
+        theirs.save_pretrained(tmp_path / "clip")
+        found, metadata = checkpoints.read_weights(tmp_path / "clip")  # the folder that they wrote
+        assert metadata == {"quick_gelu": False}
         checkpoints.load_matching(ours, ours.state_dict() | found, "clip")
-        embedded = ours.encode_image(pixels)
-        torch.testing.assert_close(embedded, theirs(pixel_values=pixels).image_embeds)
-    else:
-        checkpoints.load_matching(ours, found, "clip")
-        wanted = theirs(input_ids=tokens, pixel_values=pixels)
-        torch.testing.assert_close(ours.encode_text(tokens, normalize=True), wanted.text_embeds)
-        torch.testing.assert_close(ours.encode_image(pixels, normalize=True), wanted.image_embeds)
+        torch.testing.assert_close(ours.encode_image(pixels), embedded)
+    torch.testing.assert_close(ours.encode_text(tokens, normalize=True), wanted.text_embeds)
 
 
 # heads
@@ -286,15 +289,13 @@ def test_of_a_model_and_its_average_the_model_is_used_and_that_is_said(state, tm
 )
 def test_a_file_that_is_no_weights_is_named(content, words, tmp_path):
     (tmp_path / "w.pt").write_bytes(content)
-    with pytest.raises(common.InputError, match=rf"w\.pt.*{words}") as caught:
+    with pytest.raises(common.InputError, match=rf"w\.pt.*{words}"):
         checkpoints.read_weights(tmp_path / "w.pt")
-    assert "Weights only" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
 def test_a_folder_is_its_one_file_of_weights_or_refused(state, tmp_path):
     torch.save(state, tmp_path / "model.pt")
     torch.save({}, tmp_path / "optimizer.pt")
-    (tmp_path / "config.json").write_text(json.dumps({}))
     assert_same(checkpoints.read_weights(tmp_path)[0], state)
     torch.save(state, tmp_path / "second.pt")
     with pytest.raises(common.InputError, match="holds model.pt, second.pt; name one file"):
@@ -305,10 +306,6 @@ def test_a_folder_is_its_one_file_of_weights_or_refused(state, tmp_path):
 
 def test_weights_of_another_architecture_are_named_by_tensor_and_shape(clip, state):
     state["visual.proj"] = torch.zeros(3, 3)
-    with pytest.raises(
-        common.InputError, match=r"visual.proj should be \(128, 64\), found \(3, 3\)"
-    ):
-        checkpoints.load_matching(clip, state, "w.pt")
-    state["visual.proj"] = torch.full((128, 64), torch.nan)
-    with pytest.raises(common.InputError, match="visual.proj holds inf or nan"):
+    words = r"visual.proj should be \(128, 64\), found \(3, 3\); check --model"
+    with pytest.raises(common.InputError, match=words):
         checkpoints.load_matching(clip, state, "w.pt")

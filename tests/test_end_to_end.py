@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small import TINY, few_digits, make_tree, picture, use_digits
 
 import common
@@ -27,18 +26,14 @@ def run(module, *words):
     return module.main([str(word) for word in words])
 
 
-def row(rows, method):
-    (found,) = [row for row in rows if row.method == method]
-    return found
-
-
 def right(rows, method):
     """{split: list of bool} of a method."""
-    return {split: right.tolist() for split, right in row(rows, method).right.items()}
+    (row,) = [row for row in rows if row.method == method]
+    return {split: right.tolist() for split, right in row.right.items()}
 
 
 def share(rows, method, split):
-    return row(rows, method).right[split].double().mean().item()
+    return np.mean(right(rows, method)[split])
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +83,6 @@ def test_a_second_run_trains_nothing_and_prints_the_same(script, tmp_path, monke
     said = [[line for line in text.splitlines() if re.search(r"\d\.\d.*\d\.\d", line)]
             for text in (first.out, second.out)]  # fmt: skip
     assert len(said[0]) > 3 and said[0] == said[1]  # the lines of tables
-    for name in list(out.glob("figures/*.png")) or ["no figure"]:
-        with Image.open(name) as image:
-            assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 20
 
 
 def test_help_is_quick_it_imports_neither_open_clip_nor_torchvision():
@@ -119,47 +111,37 @@ def test_every_command_of_the_readme_names_a_script_and_options_that_exist():
 
 # --- an ImageNet tree ---
 
-COUNTS = {"test": 6, "ImageNet-V2": 6, "ImageNet-Sketch": 3, "ImageNet-A": 4, "ImageNet-R": 4}
-
-
-def make_imagenet(root):
-    """Three classes and four of the five shift sets."""
-    one, two, four = "n01440764", "n01443537", "n01491361"
-    folders = [(f"{part}/{wnid}", n) for wnid in (one, two, four)
-               for part, n in (("train", 4), ("val", 2), ("sketch", 1))]  # fmt: skip
-    folders += [(f"imagenetv2-matched-frequency-format-val/{i}", 2) for i in (0, 1, 3, 999)]
-    folders += [(f"imagenet-r/{wnid}", 2) for wnid in (one, four)]
-    folders += [(f"imagenet-a/{wnid}", 2) for wnid in (two, four)]
-    rng = np.random.default_rng(0)
-    for folder, n in folders:
-        (root / folder).mkdir(parents=True)
-        for i in range(n):
-            picture(rng, rng.random(), (60, 40)).save(root / folder / f"{i}.JPEG")
-    return root
-
 
 def test_an_imagenet_tree_gives_the_table_the_figure_and_the_counts_of_all_its_sets(
     tmp_path, monkeypatch, capsys
 ):
     templates = trees.clip_templates()[:5]  # of 80, which would take most of the time
     monkeypatch.setattr(trees, "clip_templates", lambda: templates)
-    data, out = make_imagenet(tmp_path / "imagenet"), tmp_path / "out"
+    rng, data, out = np.random.default_rng(0), tmp_path / "imagenet", tmp_path / "out"
+    for part, n in (("train", 4), ("val", 2), ("sketch", 1), ("imagenet-r", 3)):
+        for wnid in ("n01440764", "n01443537", "n01491361"):
+            (data / part / wnid).mkdir(parents=True)
+            for i in range(n):
+                picture(rng, rng.random(), (60, 40)).save(data / part / wnid / f"{i}.JPEG")
+    counts = {"test": 6, "ImageNet-Sketch": 3, "ImageNet-R": 9}
     rows = run(vrf, "--data", data, "--out", out, *TINY, *RECIPE, "--epochs", "1")
     text = capsys.readouterr().out
-    assert "MISSING, so not evaluated: ObjectNet" in text and "paper, Table" in text
-    shares = {r.method: [100 * share(rows, r.method, split) for split in COUNTS] for r in rows}
+    assert "MISSING, so not evaluated: ObjectNet" in text
+    vrf.print_tables(vrf.Config(model="ViT-B-32"), common.open_data(str(data)), rows)
+    assert "paper, Table" in capsys.readouterr().out
+    shares = {r.method: [100 * share(rows, r.method, split) for split in counts] for r in rows}
     for method, found in shares.items():
         line = re.search(rf"^{re.escape(method)}  +(\d.*)", text, re.MULTILINE)[1]
-        printed = [float(x) for x in line.split()[: len(COUNTS) + 1]]
-        assert printed == pytest.approx([*found, sum(found[1:]) / 4], abs=0.051)
+        printed = [float(x) for x in line.split()[: len(counts) + 1]]
+        assert printed == pytest.approx([*found, sum(found[1:]) / 2], abs=0.051)
     kept = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [r["method"] for r in kept] == list(shares)
     for r in kept:
-        assert {split: found["n"] for split, found in r["right"].items()} == COUNTS
+        assert {split: found["n"] for split, found in r["right"].items()} == counts
     with open(out / "figures/vrf.csv", newline="") as file:
         (point,) = [r for r in csv.DictReader(file) if r["series"] == "VRF"]
     found = shares["E2E-FT +VRF"]
-    assert (float(point["x"]), float(point["y"])) == pytest.approx((found[0], sum(found[1:]) / 4))
+    assert (float(point["x"]), float(point["y"])) == pytest.approx((found[0], sum(found[1:]) / 2))
 
 
 # --- VRF on a checkpoint; selection ---
@@ -214,9 +196,6 @@ def test_without_a_failure_set_vrf_is_zero_shot_and_the_run_finishes(tree, out, 
     assert right(rows, "E2E-FT +VRF") == right(rows, "Zero-shot")
 
 
-# --- damaged images ---
-
-
 def test_an_unreadable_image_is_named_and_stops_or_is_left_out_and_counted(tree, tmp_path, capsys):
     damaged, out = tmp_path / "tree", tmp_path / "out"
     shutil.copytree(tree, damaged, ignore=lambda *_: ["again"])
@@ -233,9 +212,6 @@ def test_an_unreadable_image_is_named_and_stops_or_is_left_out_and_counted(tree,
         path.write_bytes(b"")
     with pytest.raises(common.InputError, match="noisy: none of its 30 images can be read"):
         on_tree(damaged, tmp_path / "new", "--skip-bad-images", "--epochs", "1")
-
-
-# --- the digits ---
 
 
 def test_an_epoch_of_digits_tell_the_story(tmp_path, monkeypatch, capsys):

@@ -491,3 +491,20 @@ def test_the_readmes_example_trains():
     found["optimiser"].step()
     anchored = [p for p in model.parameters() if "anchor" in found["optimiser"].state[p]]
     assert len(anchored) == 2  # the body's
+
+
+def test_a_master_copy_keeps_what_bf16_would_round_away():
+    weights = {}
+    for master in (False, True):
+        param = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        optimiser = spd.AdamSPD([param], lr=1e-4, anchor="none", master=master)
+        for _ in range(100):
+            param.grad = torch.ones_like(param)
+            optimiser.step()
+        weights[master] = param.detach().float()
+    assert (weights[False] == 1).all()
+    assert torch.allclose(weights[True], torch.tensor(0.99), atol=4e-3)
+    again = spd.AdamSPD([param], lr=1e-4, anchor="none", master=True)
+    again.load_state_dict(optimiser.state_dict())
+    assert again.state[param]["master"].dtype == torch.float32
+    assert torch.equal(again.state[param]["master"], optimiser.state[param]["master"])

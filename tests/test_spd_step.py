@@ -5,22 +5,13 @@ import subprocess
 
 import pytest
 import torch
-from compiled import kernels
+from compiled import kernels, under_each_default
 
 import spd
 from csrc import build, ops
 
 RAGGED = [1, 3, 511, 65_535, 65_537, (), 0, (7, 11), (4, 3, 2, 5)] + [5] * 11
 NAMES = ("params", "anchors", "grads", "exp_avgs", "exp_avg_sqs")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors and a busy machine: waiting for a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tensors_of(shapes, dtype=torch.float32, shift=0, anchored=True):
@@ -79,7 +70,6 @@ def assert_equals_the_reference(lists, steps=10, signs="++-", accumulated=False,
         (dict(), dict(signs="+++-")),
         (dict(), dict(signs="+-", spd_lambda=2.0)),
         (dict(anchored=False), dict(signs="+-")),
-        (dict(shift=1), dict(signs="++-")),
         (dict(shift=3, anchored=False), dict()),
         (dict(), dict(eps=0.0)),  # 0 / 0 in what fills a tail up would stop the projection
         (dict(dtype=torch.float64), dict()),
@@ -104,19 +94,6 @@ def test_a_tensor_larger_than_the_cache_group_is_projected_whole():
     assert projected.flatten().tolist() == [False, False, True]
 
 
-def test_the_accumulated_condition_by_hand():
-    # D = 1, g = 2, then -1: c = -2, then -1: still projected, where the step's own c would not be
-    param, grad, m, v = ([torch.tensor([x])] for x in (1.0, 2.0, 0.0, 0.0))
-    c, anchor = torch.zeros(1, dtype=torch.float64), [torch.tensor([0.0])]
-    for step, (gradient, wanted) in enumerate([(2.0, -2.0), (-1.0, -1.0)], 1):
-        param[0].fill_(1.0)
-        grad[0].fill_(gradient)
-        m[0].fill_(-9.0)  # momentum that moves outwards
-        kernels().spd_step(param, anchor, grad, m, v, **step_options(step), conditions=c)
-        assert c.item() == wanted
-        assert param[0].item() == pytest.approx(1.0)  # lambda 1: the radius before the step
-
-
 def test_without_strength_it_is_torch_adam():
     lists = tensors_of(RAGGED)
     params = [p.clone().requires_grad_() for p in lists[0]]
@@ -131,17 +108,6 @@ def test_without_strength_it_is_torch_adam():
         assert torch.allclose(a, b, rtol=4e-7, atol=4e-7)
 
 
-def test_strength_one_keeps_the_radius_to_one_in_a_million():
-    lists = tensors_of([10_000])
-    (param,), (anchor,) = lists[:2]
-    lists[3] = [10 * (anchor - param)]  # momentum that moves outwards
-    lists[2] = [param - anchor]
-    before = (param.double() - anchor.double()).norm()
-    kernels().spd_step(*lists, **step_options(3))
-    after = (param.double() - anchor.double()).norm()
-    assert after.item() == pytest.approx(before.item(), rel=1e-6)
-
-
 def test_the_three_sums_are_those_of_fp64_up_to_the_rounding_of_their_terms():
     lists = tensors_of([100_003])
     before, sums = lists[0][0].clone(), torch.zeros(1, 3, dtype=torch.float64)
@@ -153,7 +119,7 @@ def test_the_three_sums_are_those_of_fp64_up_to_the_rounding_of_their_terms():
 
 
 def bits(lists):
-    return [t.view(torch.int32).tolist() for column in lists for t in column]
+    return torch.cat([t.view(torch.int32).flatten() for column in lists for t in column])
 
 
 def plain_steps(tmp_path, lists, steps):
@@ -170,7 +136,7 @@ def plain_steps(tmp_path, lists, steps):
 
 
 def test_same_bits_for_any_number_of_threads_and_any_instruction_set(tmp_path):
-    results = []
+    results, threads = [], torch.get_num_threads()
     for count in (1, 3, 0):
         lists = tensors_of(RAGGED + [300_000])
         if count:
@@ -180,46 +146,30 @@ def test_same_bits_for_any_number_of_threads_and_any_instruction_set(tmp_path):
         else:
             plain_steps(tmp_path, lists, 3)
         results.append(bits(lists))
-    assert results[0] == results[1] == results[2]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
-def test_default_dtype_and_device_do_not_matter(default):
+def test_default_dtype_and_device_do_not_matter():
     lists = tensors_of(RAGGED)
-    expected = clones(lists)
-    kernels().spd_step(*expected, **step_options(1))
-    setter = torch.set_default_device if default == "meta" else torch.set_default_dtype
-    try:
-        setter(default)
-        kernels().spd_step(*lists, **step_options(1))
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
-    assert bits(lists) == bits(expected)
+
+    def stepped():
+        copies = clones(lists)
+        kernels().spd_step(*copies, **step_options(1))
+        return copies
+
+    expected = bits(stepped())
+    assert all(torch.equal(bits(found), expected) for found in under_each_default(stepped))
 
 
-def test_a_nan_gradient_projects_nothing_and_spreads_no_further():
-    lists = tensors_of([9, 9])
-    lists[2][0].fill_(float("nan"))
-    sums = torch.zeros(2, 3, dtype=torch.float64)
-    kernels().spd_step(*lists, **step_options(1), sums=sums)
-    assert lists[0][0].isnan().all() and lists[0][1].isfinite().all() and sums[0, 0].isnan()
-
-
-def test_a_lazily_negated_gradient_is_the_negated_one():
-    lazy = tensors_of([4])
-    plain = clones(lazy)
-    lazy[2][0], plain[2][0] = torch._neg_view(lazy[2][0]), -plain[2][0]
-    for lists in (lazy, plain):
-        kernels().spd_step(*lists, **step_options(1))
-    assert torch.equal(lazy[0][0], plain[0][0])
-
-
-def test_channels_last_weights_are_stepped_where_they_lie():
+def test_a_lazily_negated_gradient_and_channels_last_weights_are_stepped_as_they_are_meant():
     plain = tensors_of([(4, 3, 2, 5)])
-    last = [[t.clone(memory_format=torch.channels_last) for t in column] for column in plain]
-    for lists in (plain, last):
+    lazy, last = clones(plain), clones(plain)
+    lazy[2] = [torch._neg_view(-lazy[2][0])]
+    last = [[t.clone(memory_format=torch.channels_last) for t in column] for column in last]
+    for lists in (plain, lazy, last):
         kernels().spd_step(*lists, **step_options(1))
+    assert torch.equal(plain[0][0], lazy[0][0])
     assert torch.allclose(plain[0][0], last[0][0], rtol=0, atol=1e-6)
 
 
@@ -231,15 +181,6 @@ def test_strides_of_dimensions_of_size_one_say_nothing():
     assert not torch.equal(lists[0][0], before)
 
 
-def test_autograd_refuses_a_graph_whose_weights_were_stepped_since():
-    lists = tensors_of([9])
-    param = torch.nn.Parameter(lists[0][0])
-    loss = (param * param).sum()
-    kernels().spd_step([param], *lists[1:], **step_options(1))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_pytorch_knows_the_op():
     c, sums = (torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, 3)))
     arguments = *tensors_of([5, 7]), 1, 0.1, 0.9, 0.999, 1e-8, 1.0, c, sums
@@ -247,24 +188,16 @@ def test_pytorch_knows_the_op():
     torch.library.opcheck(torch.ops.csrc.spd_step.default, arguments)
 
 
-def test_no_tensors_is_legal():
-    kernels().spd_step([], [], [], [], [], **step_options(1))
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
         (dict(params=[torch.ones(3, 4).T]), "params[0] must be contiguous"),
-        (dict(grads=[torch.ones(3, 4).T]), "grads[0] must be"),
         (dict(grads=[torch.ones(4, 2)]), "grads[0] must be"),
         (dict(grads=[None]), "grads[0] must be a tensor, got NoneType"),
         (dict(exp_avgs=[torch.ones(4, 3).double()]), "exp_avgs[0] must be"),
         (dict(anchors=[]), "anchors must be 1 tensors, got 0"),
         (dict(grads=[torch.ones(4, 3, device="meta")]), "on meta"),
-        (
-            dict(params=[torch.ones(4, 3).half()]),
-            "params must be torch.float32 or torch.float64, got torch.float16",
-        ),
+        (dict(params=[torch.ones(4, 3).half()]), "float32 or torch.float64, got torch.float16"),
         (dict(step=0), "step must be 1 or more, got 0"),
         (dict(sums=torch.zeros(1, 3)), "sums must be contiguous float64 (1, 3) on cpu, got"),
         (dict(conditions=torch.zeros(2).double()), "conditions must be contiguous float64 (1,)"),
