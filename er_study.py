@@ -13,7 +13,7 @@ converges: this script draws the line, then follows ER through fine-tuning.
     (ours)    what is said of a trajectory         summarise
 
     python er_study.py                # digits; ER on UCI +54 -> +24
-    python er_study.py --quick        # the same in small, 2 minutes
+    python er_study.py --quick        # the same in small, 2 to 3 minutes
     python er_study.py --testbed all  # published models, real ER, no images: 8 seconds
     python er_study.py --plot "runs/er_study/trajectories/*.csv"  # report of saved trajectories
 
@@ -422,22 +422,20 @@ def new_trajectory(config, data, clip, measurement, setting, start):
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def parsers():
-    """{column: function from its text to its value}, for testbeds.read_csv."""
-
-    def optional(parse):
-        return lambda cell: parse(cell) if cell else None
-
-    known = {str: str, int: testbeds.whole, float: testbeds.number}
-    known |= {t | None: optional(parse) for t, parse in known.items()}
-    return {f.name: known[f.type] for f in dataclasses.fields(Checkpoint)}
+PARSERS = {  # of a cell's text, by the type of its column
+    str: str,
+    int: testbeds.whole,
+    float: testbeds.number,
+    int | None: lambda cell: testbeds.whole(cell) if cell else None,
+    float | None: lambda cell: testbeds.number(cell) if cell else None,
+}
 
 
 def read(paths, lines):
     """[Checkpoint] of trajectory files that were measured with `lines` {shift: Line}. Raises
     InputError where a row contradicts the lines, and where an evaluation is there twice.
     """
-    found, columns = {}, parsers()
+    found, columns = {}, {f.name: PARSERS[f.type] for f in dataclasses.fields(Checkpoint)}
     for path in paths:
         for number, row in testbeds.read_csv(path, columns, ("run", "step", "shift")):
             c = Checkpoint(**row)
@@ -678,28 +676,21 @@ def er_panel(axis, testbed, lines, groups, shift):
 
 
 def figure(config, testbed, lines, groups, shift):
-    """Accuracies on logit axes; ER against ID accuracy, and against steps; what the runs get of the
-    images that no testbed model gets right.
-    """
-    header, line = ["series", "model", "step", "id", "ood", "er", "lo", "hi"], lines[shift]
-    path = f"{config.out}/figures/er_study"
-    with common.figure(path, header, columns=2, rows=2) as (axes, numbers):
-        (line_axis, er_axis), (step_axis, nobody_axis) = axes
-        points = line_panel(line_axis, line, *accuracies(testbed, line), 0.08, 0.99)
+    """Accuracies on logit axes; ER against ID accuracy, and against steps."""
+    header, path = ["series", "model", "step", "id", "ood", "er", "lo", "hi"], "figures/er_study"
+    with common.figure(f"{config.out}/{path}", header, columns=3) as ((axes,), numbers):
+        line_axis, er_axis, step_axis = axes
+        acc = accuracies(testbed, lines[shift])
+        points = line_panel(line_axis, lines[shift], *acc, 0.08, 0.99)
         numbers += [("testbed", model, "", *acc) for model, *acc in points]
         of_runs = er_panel(er_axis, testbed, lines, groups, shift)
         numbers += [(name, "", *row) for _, name, *row in of_runs]
         for _, checkpoints, look in styled(groups):
-            c, nobody = curve(checkpoints, shift), curve(checkpoints, "mean")["nobody"]
+            c = curve(checkpoints, shift)
             line_axis.plot(on_logit_axis(c["id"]), on_logit_axis(c["ood"]), **look)
             step_axis.plot(np.maximum(c["step"], 0.5), 100 * c["er"], **look)
-            nobody_axis.plot(on_logit_axis(c["id"]), 100 * nobody, **look)
         step_axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel="ER, points")
         step_axis.set_title(f"ER on {shift} by step", fontsize=8)
-        id_axis(nobody_axis, line)
-        nobody_axis.set(ylabel="right, %")
-        title = "of the images that no testbed model gets right, all shifts"
-        nobody_axis.set_title(title, fontsize=8)
         step_axis.legend(fontsize=6)
 
 

@@ -68,8 +68,8 @@ def test_accuracies_of_zero_and_one_leave_the_fit_and_are_counted(capsys):
 
 
 def test_beta_grows_with_accuracy_and_reaches_zero_and_one():
-    values = er_study.beta(np.linspace(0, 1, 101), 0.83933048, -0.47151230)
-    assert (np.diff(values) > 0).all() and values[0] == 0 and values[-1] == 1
+    values = er_study.beta(np.linspace(0, 1, 101), 0.84, -0.47)
+    assert (np.diff(values) > 0).all() and (values[0], values[-1]) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,6 @@ def test_beta_grows_with_accuracy_and_reaches_zero_and_one():
 def test_accuracies_that_give_no_line_are_refused(acc_id, acc_ood, words):
     with pytest.raises(common.InputError, match=words):
         er_study.fit_line(np.array(acc_id), np.array(acc_ood))
-
-
-def test_effective_robustness_on_cifar():
-    line = er_study.baseline(testbeds.read("cifar10"), "cifar10.1-v6")
-    for accuracies, rho in {(0.80, 0.70): 0.033578, (0.50, 0.45): 0.065742}.items():
-        assert er_of(line, *accuracies) == pytest.approx(rho, abs=1e-6)
 
 
 V2 = "imagenetv2-matched-frequency"
@@ -130,15 +124,6 @@ def test_an_accuracy_outside_the_testbeds_range_is_marked_extrapolated():
 
 
 # --- intervals ------------------------------------------------------------------------------------
-
-
-def test_the_line_of_each_draw_is_that_of_fit_line():
-    rng = np.random.default_rng(0)
-    a, b = rng.uniform(0.1, 0.9, (2, 5, 9))
-    b[2, 3] = 0
-    slope, intercept = testbeds.slopes(logit(a), logit(b))
-    for i in range(5):
-        assert (slope[i], intercept[i]) == pytest.approx(er_study.fit_line(a[i], b[i])[:2])
 
 
 def test_images_are_redrawn_together_for_all_models():
@@ -251,21 +236,16 @@ def test_a_run_is_evaluated_at_the_start_log_spaced_in_epoch_one_and_then_by_epo
 
 def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path, checkpoints):
     assert er_study.read([path], lines := lines_of(world)) == checkpoints
-    assert [c.shift for c in checkpoints[:3]] == ["Scan", "UCI", "mean"]
     assert sorted({c.step for c in checkpoints}) == er_study.cadence(3, 2)
     for c in checkpoints:
         assert c.n_id == c.n_val == 48 and c.er_lo <= c.er <= c.er_hi
         if c.shift != "mean":
-            assert c.er == pytest.approx(c.k_ood / c.n_ood - c.beta)
             assert c.n_ood == 60 and c.k_nobody <= c.k_ood
-            line = lines[c.shift]
-            assert c.beta == pytest.approx(
-                float(er_study.beta(c.k_id / 48, line.slope, line.intercept))
-            )
-    first = [c.er for c in checkpoints[:3]]
-    assert first[2] == pytest.approx((first[0] + first[1]) / 2)
-    outside = [c.extrapolated for c in checkpoints[:3]]
-    assert outside[2] == max(outside[:2])
+            assert c.er == pytest.approx(er_of(lines[c.shift], c.k_id / 48, c.k_ood / 60))
+    scan, uci, mean = checkpoints[:3]
+    assert (scan.shift, uci.shift, mean.shift) == ("Scan", "UCI", "mean")
+    assert mean.er == pytest.approx((scan.er + uci.er) / 2)
+    assert mean.extrapolated == max(scan.extrapolated, uci.extrapolated)
 
 
 def test_er_of_the_halves_is_that_of_their_images(world):
@@ -311,8 +291,6 @@ def test_poisoned_labels_of_the_shifts_change_no_training_and_no_choice(
     for name in ("step", "k_id", "k_val", "beta", "extrapolated"):
         assert [getattr(c, name) for c in poisoned] == [getattr(c, name) for c in checkpoints]
     assert [c.k_ood for c in poisoned] != [c.k_ood for c in checkpoints]
-    best = [er_study.curve(own, "UCI")["val"].argmax() for own in (poisoned, checkpoints)]
-    assert best[0] == best[1]
     a, b = (
         torch.load(next(Path(o).glob("checkpoints/zero-shot*.pt")), weights_only=True)["model"]
         for o in (tmp_path, world[0].out)
@@ -404,9 +382,8 @@ def simulated(er, n=400, steps=12, seed=0, n_id=1_000_000):
     return found
 
 
-@pytest.mark.parametrize("n_id", [1_000_000, 400])
-def test_the_largest_er_of_a_run_on_the_line_is_positive_and_the_unbiased_one_is_not(n_id):
-    found = [er_study.summarise(simulated(0, seed=i, n_id=n_id), "away") for i in range(300)]
+def test_the_largest_er_of_a_run_on_the_line_is_positive_and_the_unbiased_one_is_not():
+    found = [er_study.summarise(simulated(0, seed=i, n_id=400), "away") for i in range(300)]
     mean = {k: np.mean([f[k] for f in found]) for k in ("max", "max_median", "max_free", "last")}
     assert mean["max"] > 0.03 and 0.01 < mean["max_median"] < mean["max"]
     assert abs(mean["max_free"]) < 0.006 and abs(mean["last"]) < 0.006
@@ -564,12 +541,6 @@ def test_a_wrong_public_table_is_refused_by_line_and_column(options, words, tmp_
     write_percent(tmp_path / "table.csv", **options)
     with pytest.raises(common.InputError, match=words):
         testbeds.read(tmp_path / "table.csv")
-
-
-def test_a_wrong_per_example_table_is_refused(tmp_path):
-    np.savez(tmp_path / "x.npz", models=np.array(["a", {}], object))
-    with pytest.raises(common.InputError, match="is no per-example testbed .*Object arrays"):
-        testbeds.read(tmp_path / "x.npz")
 
 
 def test_a_broken_public_model_is_left_out_with_a_sentence(tmp_path, capsys):
