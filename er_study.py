@@ -37,6 +37,7 @@ import glob
 import math
 import os
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -591,6 +592,42 @@ def print_runs(groups, shift):
     print("\n" + common.table(header, lines, title))
 
 
+def summary(groups, lines, shift):
+    """Sentences on the tables, computed from them."""
+    weak = [f"{s} ({line.r2:.2f})" for s, line in lines.items() if line.r2 < 0.5]
+    first = f"{shift} has the line that explains most, with R2 {lines[shift].r2:.2f}."
+    if weak:
+        first += f" R2 is below 1/2, so that ER is hardly defined, on {', '.join(weak)}."
+    stories = {
+        "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
+        "new-head": "A new head on the pre-trained encoder",
+        "random": "From scratch",
+    }
+    sentences = [first]
+    for start, text in stories.items():
+        for name, runs in groups.items():
+            if name.startswith(start):
+                sentences.append(f"{text} ({name}): {describe_runs(list(runs.values()), shift)}")
+    print()
+    for number, text in enumerate(sentences, 1):
+        print(textwrap.fill(f"{number}. {text}", 100, subsequent_indent="   "))
+
+
+def describe_runs(runs, shift):
+    """Is there a bump, how high, where, and is ER gone at the end?"""
+    s = [summarise(checkpoints, shift) for checkpoints in runs]
+    m = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
+    gone = "includes" if m["last_lo"] <= 0 <= m["last_hi"] else "excludes"
+    rise, fall = (over_runs([x[k] for x in s]) for k in ("rise", "fall"))
+    many = f"; intervals of rise and fall over {len(s)} runs" if len(s) > 1 else ""
+    return (
+        f"ER on {shift} is {m['start']:+.1f} points at the start, at most {m['max_free']:+.1f}"
+        f" (rise {rise}, free of selection, at ID {m['free_id']:.0f} %), then lower by {fall}:"
+        f" at the end {with_interval(m['last'], m['last_lo'], m['last_hi'])} (models and"
+        f" images), which {gone} 0{many}."
+    )
+
+
 TICKS = (1, 2, 5, 10, 20, 30, 50, 70, 80, 85, 90, 95, 98, 99)
 LOW, HIGH = 0.05, 0.995  # a run's accuracies beyond are drawn here
 
@@ -676,31 +713,39 @@ def er_panel(axis, testbed, lines, groups, shift):
 
 
 def figure(config, testbed, lines, groups, shift):
-    """Accuracies on logit axes; ER against ID accuracy, and against steps."""
-    header, path = ["series", "model", "step", "id", "ood", "er", "lo", "hi"], "figures/er_study"
-    with common.figure(f"{config.out}/{path}", header, columns=3) as ((axes,), numbers):
-        line_axis, er_axis, step_axis = axes
-        acc = accuracies(testbed, lines[shift])
-        points = line_panel(line_axis, lines[shift], *acc, 0.08, 0.99)
+    """Accuracies on logit axes; ER against ID accuracy, and against steps; what the runs get of the
+    images that no testbed model gets right.
+    """
+    header, line = ["series", "model", "step", "id", "ood", "er", "lo", "hi"], lines[shift]
+    path = f"{config.out}/figures/er_study"
+    with common.figure(path, header, columns=2, rows=2) as (axes, numbers):
+        (line_axis, er_axis), (step_axis, nobody_axis) = axes
+        points = line_panel(line_axis, line, *accuracies(testbed, line), 0.08, 0.99)
         numbers += [("testbed", model, "", *acc) for model, *acc in points]
         of_runs = er_panel(er_axis, testbed, lines, groups, shift)
         numbers += [(name, "", *row) for _, name, *row in of_runs]
         for _, checkpoints, look in styled(groups):
-            c = curve(checkpoints, shift)
+            c, nobody = curve(checkpoints, shift), curve(checkpoints, "mean")["nobody"]
             line_axis.plot(on_logit_axis(c["id"]), on_logit_axis(c["ood"]), **look)
             step_axis.plot(np.maximum(c["step"], 0.5), 100 * c["er"], **look)
+            nobody_axis.plot(on_logit_axis(c["id"]), 100 * nobody, **look)
         step_axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel="ER, points")
         step_axis.set_title(f"ER on {shift} by step", fontsize=8)
+        id_axis(nobody_axis, line)
+        nobody_axis.set(ylabel="right, %")
+        title = "of the images that no testbed model gets right, all shifts"
+        nobody_axis.set_title(title, fontsize=8)
         step_axis.legend(fontsize=6)
 
 
 def report(config, testbed, lines, checkpoints, redraws=None):
-    """Tables and a figure, from the testbed and trajectories alone."""
+    """Tables, figures and sentences, from the testbed and trajectories alone."""
     groups, shift = by_run(checkpoints), best_line(lines)
     print_lines(testbed, lines, redraws)
     for s in (shift, "mean"):
         print_runs(groups, s)
     figure(config, testbed, lines, groups, shift)
+    summary(groups, lines, shift)
     return groups
 
 

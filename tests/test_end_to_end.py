@@ -215,7 +215,7 @@ def test_an_unreadable_image_is_named_and_stops_or_is_left_out_and_counted(tree,
 
 
 def test_an_epoch_of_digits_tell_the_story(tmp_path, monkeypatch, capsys):
-    sets = {"train": 2000, "val": 200, "test": 1000, "uci": 300, "fonts": 300, "sketch": 300}
+    sets = {"train": 1500, "val": 150, "test": 600, "uci": 150, "fonts": 150, "sketch": 150}
     use_digits(monkeypatch, few_digits(tmp_path / "digits", sets))
     words = "--epochs 1 --methods E2E-FT --ensemble E2E-FT --device cpu --out".split()
     rows = run(vrf, *words, tmp_path)
