@@ -220,7 +220,7 @@ def test_an_epoch_of_digits_tell_the_story(tmp_path, monkeypatch, capsys):
     words = "--epochs 1 --methods E2E-FT --ensemble E2E-FT --device cpu --out".split()
     rows = run(vrf, *words, tmp_path)
     zs, ft, mixed = (common.accuracies(rows, m) for m in ("Zero-shot", "E2E-FT", "E2E-FT +VRF"))
-    assert zs["test"] == pytest.approx(77.9, abs=2)  # data/README.md
+    assert zs["test"] == pytest.approx(77.9, abs=3)  # data/README.md
     assert ft["test"] > zs["test"] + 5
     assert common.mean_shift(ft) < common.mean_shift(zs)
     assert common.mean_shift(ft) < common.mean_shift(mixed)
