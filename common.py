@@ -423,7 +423,8 @@ def train_steps(config, training):
 
     What the caller does between two steps belongs to the training: the checkpoint (after every
     epoch, on Ctrl-C, at the end) is written when it comes back. An unfinished checkpoint is
-    continued bit for bit; of a finished one nothing is yielded. Raises InputError when the loss is
+    continued bit for bit; of a finished one nothing is yielded. With several processes a last batch
+    of fewer images than processes is left out. Raises InputError when the loss is
     not finite, KeyboardInterrupt after Ctrl-C or SIGTERM.
     """
     module, optimiser, per_epoch = training.module, training.optimiser, training.per_epoch
@@ -448,6 +449,9 @@ def train_steps(config, training):
                 loss = train_step(config, optimiser, scaler, loss_fn, batch)
                 if step % 10 == 0 or ends_epoch:  # reading the loss waits for the GPU
                     check_finite(training, loss, step)
+            if world() > 1:
+                for buffer in module.buffers():  # BatchNorm's statistics are rank 0's, everywhere
+                    dist.broadcast(buffer, 0)
             yield done
             stop = not all_true(not interrupted())
             if ends_epoch or stop:
@@ -649,9 +653,9 @@ def check_scores(op, scores, labels, probability=False):
 
 
 def temperature(logits, labels, criterion):
-    """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. confidence: its
-    mean = accuracy, by bisection, since confidence falls with T; where no T does it (accuracy 1, or
-    at most 1/C) it says so and gives 1.
+    """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. confidence: the T
+    whose mean top-1 probability equals the accuracy, by bisection, since it falls with T; where no
+    T does it (accuracy 1, or at most 1/C) it says so and gives 1.
     """
     check_scores("temperature", logits, labels)
     if criterion == "off":
@@ -706,7 +710,7 @@ def mean_shift(by_split):
 def interval(runs, image_variance=None):
     """Mean over runs, with its 95 % interval for other runs and other images: the variances of the
     two are added, and Student's t has Satterthwaite's degrees of freedom. Without an image variance
-    over runs alone, of one run over images alone, of neither nan.  [R], [] -> 3 numbers
+    it is over runs alone, with one run over images alone, with neither nan.  [R], [] -> 3 numbers
     """
     from scipy.stats import t
 

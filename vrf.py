@@ -4,8 +4,8 @@ Zhu, Cui, Zhang; NeurIPS 2024; arXiv 2411.06966.
 Fine-tuning CLIP raises accuracy on its own distribution (ID) and lowers it under shift (OOD). A mix
 of the zero-shot model (ZS) and the fine-tuned one (FT) with one constant weight trades one for the
 other. VRF gives every test sample its own weight: FT counts more near the training samples that ZS
-gets wrong and FT gets right, because there FT's error is small against ZS's, and that is what the
-mix of least variance asks for. Nothing is trained for it.
+gets wrong and FT gets right. FT's error is small against ZS's there, and the mix of least variance
+gives such a model more weight (Sec. 4). Nothing is trained for it.
 
     Sec. 3.1  Eq. 1   output-space ensemble     ose
               Eq. 2   weight-space ensemble     wse
@@ -14,15 +14,16 @@ mix of least variance asks for. Nothing is trained for it.
               Eq. 5   sample-wise ensemble      vrf
               Eq. 6   weight of FT              weight
               Alg. 1  all of it in order        algorithm_1
-    Sec. 5.3, App. B  ablations, g* (Eq. 15)    lab/vrf_ablations.py
+    Sec. 5.3, App. B  ablations, Eqs. 11-15     lab/vrf_ablations.py
 
-    python vrf.py                   # embedded digits, 1.5 minutes; VRF: ID 95, shifts 72 to 78
+    python vrf.py                   # embedded digits, 1.5 minutes; VRF: ID 95, mean shift 72 to 78
     python vrf.py --data /imagenet  # CLIP ViT-B/16; not measured by us; paper: 82.3 ID, 61.8 OOD
 
-Where the paper, the authors' code and this script part is marked at its line (grep Differs); the
-reasons stand in docs/differences.md: A1 distance squared, A2 features normalised, A4 k, A6
-temperatures (A7: so OSE of the calibrated models stands beside plain OSE), A9 search of (a, b), one
-pair for each fine-tuned model (A14), A10 ID val a held-out part of train, A11 first of equals.
+Where the paper, the authors' code and this script part is marked at its line (grep Differs, also in
+common.py), and the reasons stand in docs/differences.md: A1 distance squared, A2 features
+normalised, A4 k, A6 temperatures (A7: so OSE of the calibrated models stands beside plain OSE), A9
+search of (a, b), one pair for each fine-tuned model (A14), A10 ID val a held-out part of train,
+A11 first of equals, A15 batch of LP-FT.
 """
 
 import copy
@@ -41,19 +42,21 @@ from common import arg
 
 ALPHAS = [i / 10 for i in range(11)]  # App. C.1
 METHODS = ("LC", "E2E-FT", "LP-FT")
-AB_GRID = [(a / 10, b / 10) for a in range(1, 21) for b in range(1, 11)]  # ours; has all of P's
+AB_GRID = [(a / 10, b / 10) for a in range(1, 21) for b in range(1, 11)]  # ours; has Tabs. 7, 10
 AB_CODE = (1.5, 0.6)
 AB_PAPER = {  # Table 7
     "imagenet": {"ViT-B-32": (1.5, 0.6), "ViT-B-16": (1.5, 0.5)},
     "cifar10": {"ViT-B-32": (0.3, 0.3), "ViT-B-16": (0.3, 0.3)},
     "entity30": {"ViT-B-32": (1.1, 0.6), "ViT-B-16": (1.1, 0.6)},
 }
-# Scaled to 3,000 images: rates by ID val (data/README.md), LC's the paper's; warm-up a tenth.
+# For 3,000 images. Learning rates are chosen on ID val (data/README.md), except LC's, which is the
+# paper's. Warm-up is a tenth of all steps.
 PRESETS = {"digits": {"epochs": 8, "batch": 64, "lr": 2e-4, "lr_lpft": 1e-4, "warmup": 38}}
 
 
-# Sec. 5.1 has the defaults of common.Run: ViT-B-16 (and ViT-B-32), 10 epochs, batch 512 (LP-FT on
-# ViT-B/16: 384, App. C.1), weight decay 0.1, 500 steps of warm-up, gradients of norm 1 at most.
+# Sec. 5.1 has the defaults of common.Run: ViT-B-16 (and ViT-B-32), 10 epochs, batch 512, weight
+# decay 0.1, 500 steps of warm-up, gradients of norm 1 at most.
+# Differs (A15): on ViT-B/16 the paper trains LP-FT in batches of 384 (App. C.1).
 @dataclass
 class Config(common.Run):
     lr: float = arg(3e-5, "E2E-FT; Sec. 5.1")
@@ -66,7 +69,9 @@ class Config(common.Run):
     k_rule: str = arg("paper", "floor(p |V|), or the code's round(1000 |V| / |D|)", "paper code")
     p: float = arg(0.001, "k as a share of |V|; Sec. 5.1", most=1)
     temperature: str = arg("code", "paper: none; code: confidence = accuracy (A6)", "paper code")
-    ab: str = arg("search", "search on ID val; paper: Tab. 7; code: 1.5,0.6; or A,B (A9)")
+    ab: str = arg(
+        "search", "for squared d: search on ID val; paper: Tab. 7; code: 1.5,0.6; or A,B (A9)"
+    )
     out: str = arg("runs/vrf", "folder for checkpoints, caches, results, figures")
 
 
@@ -88,7 +93,9 @@ def wse(theta_zs, theta_ft, alpha):
 
 
 def failures(predicted_zs, predicted_ft, labels):
-    """Eq. (3): V = {i : y_i = pred_ft(x_i), y_i != pred_zs(x_i)} of train.  3 x [N] -> bool [N]"""
+    """Which samples are in V of Eq. (3): y_i = pred_ft(x_i) and y_i != pred_zs(x_i). V itself holds
+    their features.  3 x [N] -> bool [N]
+    """
     return (labels == predicted_ft) & (labels != predicted_zs)
 
 
@@ -102,9 +109,10 @@ def neighbours(stored, rule="paper", p=0.001, train=None):
 def knn_kth_distance(queries, reference, k):
     """Eq. (4): d(x; V, k) = ||v - v_(k)||_2, v_(k) the k-th nearest in V.  [N, D], [M, D] -> [N]
 
-    The search is exact: |u|^2 - 2 v.u ranks the rows u of V, and the distance of the chosen one is
-    computed anew from differences. At most 64 M scores are held at a time. Without a V the distance
-    is infinite, so that Eq. (6) gives ZS all the weight. csrc/ has the same function as a kernel.
+    The search is exact. |u|^2 - 2 v.u picks the k-th row u of V; its distance is then computed anew
+    as |v - u|, since the first form loses all digits where v is close to u. At most 64 M scores are
+    held at a time. Without a V the distance is infinite, so that Eq. (6) gives ZS all the weight.
+    csrc/ has the same function as a kernel.
     """
     if len(reference) == 0:
         return queries.new_full((len(queries),), math.inf)
@@ -166,17 +174,19 @@ def algorithm_1(train, val, tests, grid, k_rule="paper", p=0.001, power=2, knn=k
     train: Scan. val: Samples. tests: {name: Samples}. `knn`: knn_kth_distance or its kernel.
     """
     # Offline: the failure set V, k, and the (a, b) that is most accurate on ID val.
+    # The scan has dropped what ZS gets right, to save memory; Eq. (3) is applied whole anyway.
     # Differs (A2): Eq. 3 stores raw features; the authors' code normalises before the search
     V = train.features[failures(train.predicted_zs, train.predicted_ft, train.labels)]
     V = F.normalize(V, dim=1)
     k = neighbours(len(V), k_rule, p, train.images)
-    # Differs (A1): the paper writes the plain distance, power 1; its a and b fit the squared one
+    # Differs (A1): the paper writes the plain distance, power 1, but the a and b that it prints
+    # make sense for the squared one only, which its code uses
     d = {"val": knn(val.v, V, k) ** power}
 
     def accuracy_on_val(ab):
         return common.accuracy(vrf(val.p_zs, val.p_ft, weight(d["val"], *ab)), val.labels)
 
-    a, b = max(grid, key=accuracy_on_val)  # Differs (A11): of equals the first
+    a, b = max(grid, key=accuracy_on_val)  # Differs (A11): of equals the smallest a
     # Online: each test sample's distance, its weight, and its mix of the two models.
     p_vrf = {}
     for name, x in tests.items():
@@ -252,7 +262,7 @@ def predict_sets(config, data, clip, models):
 
 def fit_temperatures(config, on_val):
     """{name: temperature} of each model, from its Prediction on ID val."""
-    # Differs (A6): the paper's text has no temperature, the authors' code has one for VRF
+    # Differs (A6): the paper has temperatures in Fig. 9 only, its VRF code has one for each model
     criterion = "confidence" if config.temperature == "code" else "off"
     return {m: common.temperature(x.logits, x.labels, criterion) for m, x in on_val.items()}
 
@@ -353,7 +363,7 @@ def evaluate(config, data, clip, models, seed):
         studies[name] = raw, calibrated, found
         rows.append(wse_row(config, data, clip, models, name, seed))
         rows.append(ose_row(f"{name} +OSE", seed, raw))
-        rows.append(common.Row(f"{name} +VRF", seed, right(found.p, raw), found.ab))
+        rows.append(common.Row(f"{name} +VRF", seed, right(found.p, calibrated), found.ab))
         # Without these two nobody could tell the weight's gain from the temperature's (A7).
         control = f"{name} +OSE calibrated"
         rows.append(ose_row(control, seed, calibrated, ours=True))
@@ -382,8 +392,8 @@ def print_tables(config, data, rows):
 
 
 def ratio_by_distance(d, sets):
-    """Fig. 2, of all images in {split: d} and {split: Samples} together: in windows of d
-    [(centre, Acc_ft / Acc_zs, Acc_zs, Acc_ft, N)]. Where ZS is never right the ratio is nan.
+    """Fig. 2: all sets are put together, and each window of d gives a row (centre, Acc_ft / Acc_zs,
+    Acc_zs, Acc_ft, N). Where ZS is never right the ratio is nan.
     """
     zs = torch.cat([x.p_zs.argmax(1) == x.labels for x in sets.values()])
     ft = torch.cat([x.p_ft.argmax(1) == x.labels for x in sets.values()])
@@ -397,7 +407,7 @@ def ratio_by_distance(d, sets):
 
 
 def windows(d):
-    """(low, centre, high) over the bulk of d: 0.2 wide every 0.1, as in Fig. 2, or finer."""
+    """(low, centre, high) over the bulk of d: 0.2 wide (App. C.7) every 0.1, or finer."""
     d = np.asarray(d)
     d = d[np.isfinite(d)]  # without a failure set d is infinite
     if len(d) == 0:
