@@ -13,7 +13,7 @@ converges: this script draws the line, then follows ER through fine-tuning.
     (ours)    what is said of a trajectory         summarise
 
     python er_study.py                # digits; ER on UCI +54 -> +24
-    python er_study.py --quick        # the same in small, 2 to 3 minutes
+    python er_study.py --quick        # the same in small, 2 minutes
     python er_study.py --testbed all  # published models, real ER, no images: 8 seconds
     python er_study.py --plot "runs/er_study/trajectories/*.csv"  # report of saved trajectories
 

@@ -39,11 +39,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import image_corruptions  # noqa: E402
+import imagenet_c  # noqa: E402
 
 import carot  # noqa: E402
 import common  # noqa: E402
 import vrf  # noqa: E402
-from data import trees  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -462,7 +462,7 @@ def corruptions(s):
                 found.setdefault((m, name), []).append(values)
     methods, names = list(models), list(dict.fromkeys(name for _, name in found))
     means = {key: np.mean([values[1:] for values in x], 0) for key, x in found.items()}
-    fifteen = [name for name in names if name not in trees.EXTRA_CORRUPTIONS]  # Fig. 4's
+    fifteen = [name for name in names if name not in imagenet_c.EXTRA_CORRUPTIONS]  # Fig. 4's
     for m in methods:
         means[m, "mean"] = np.mean([means[m, name] for name in fifteen], 0)
     rows = []
@@ -504,7 +504,7 @@ def draw_corruptions(axes, found, means, methods, names):
 def corrupted_sets(s):
     """Yield (corruption, severity, Split): ImageNet-C's tree, or ID's embedded images corrupted."""
     if s.data.kind == "imagenet":
-        yield from trees.imagenet_c(s.config.data)
+        yield from imagenet_c.imagenet_c(s.config.data)
         return
     test = s.data.test
     if not isinstance(test.images, np.ndarray):

@@ -5,6 +5,7 @@ import math
 
 import carot_ablations as ablations
 import image_corruptions
+import imagenet_c
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from PIL import Image
 
 import carot
 import common
-from data import trees
 
 DIGITS = common.open_data("digits").test.images[:60:6]
 
@@ -47,10 +47,10 @@ def test_corruptions_of_a_plain_image_by_hand():
 
 
 def test_corruptions_are_among_imagenet_cs_fifteen():
-    left_out = set(trees.CORRUPTIONS) - set(CORRUPTIONS)
-    assert set(CORRUPTIONS) < set(trees.CORRUPTIONS)
+    left_out = set(imagenet_c.CORRUPTIONS) - set(CORRUPTIONS)
+    assert set(CORRUPTIONS) < set(imagenet_c.CORRUPTIONS)
     assert left_out == {"snow", "frost", "fog", "glass_blur"}
-    assert len(trees.CORRUPTIONS) == 15 and len(trees.EXTRA_CORRUPTIONS) == 4
+    assert len(imagenet_c.CORRUPTIONS) == 15 and len(imagenet_c.EXTRA_CORRUPTIONS) == 4
 
 
 # ImageNet-C's tree
@@ -58,7 +58,7 @@ def test_corruptions_are_among_imagenet_cs_fifteen():
 WNIDS = ("n01440764", "n01443537", "n01484850")
 
 
-def make_imagenet_c(root, names=trees.CORRUPTIONS, between=""):
+def make_imagenet_c(root, names=imagenet_c.CORRUPTIONS, between=""):
     """Two training classes; three in the corrupted sets, one image each."""
     for wnid in WNIDS[:2]:
         (root / "imagenet/train" / wnid).mkdir(parents=True)
@@ -72,31 +72,31 @@ def make_imagenet_c(root, names=trees.CORRUPTIONS, between=""):
 
 
 def test_imagenet_c_has_15_corruptions_of_5_severities_in_the_trees_classes(tmp_path):
-    sets = list(trees.imagenet_c(make_imagenet_c(tmp_path)))
-    assert len(sets) == 75 and [s[0] for s in sets[::5]] == trees.CORRUPTIONS
+    sets = list(imagenet_c.imagenet_c(make_imagenet_c(tmp_path)))
+    assert len(sets) == 75 and [s[0] for s in sets[::5]] == imagenet_c.CORRUPTIONS
     assert [s[1] for s in sets[:6]] == [1, 2, 3, 4, 5, 1]
     for name, severity, split in sets:
         assert split.name == f"{name} {severity}" and split.labels.tolist() == [0, 1]
 
 
 def test_imagenet_cs_extra_corruptions_and_archive_folders_are_read(tmp_path):
-    names = [*trees.CORRUPTIONS, "saturate"]
-    sets = list(trees.imagenet_c(make_imagenet_c(tmp_path, names, "blur")))
+    names = [*imagenet_c.CORRUPTIONS, "saturate"]
+    sets = list(imagenet_c.imagenet_c(make_imagenet_c(tmp_path, names, "blur")))
     assert len(sets) == 80 and sets[-1][0] == "saturate"
 
 
 def test_a_missing_corruption_or_severity_is_named(tmp_path):
-    tree = make_imagenet_c(tmp_path, trees.CORRUPTIONS[1:])
+    tree = make_imagenet_c(tmp_path, imagenet_c.CORRUPTIONS[1:])
     with pytest.raises(common.InputError, match="has no gaussian_noise/; it holds"):
-        list(trees.imagenet_c(tree))
+        list(imagenet_c.imagenet_c(tree))
     with pytest.raises(common.InputError, match="has no imagenet-c/, there or beside it"):
         (tmp_path / "ImageNet-C").rename(tmp_path / "else")
-        list(trees.imagenet_c(tree))
+        list(imagenet_c.imagenet_c(tree))
     (tmp_path / "else").rename(tmp_path / "imagenet-c")
     (tmp_path / "imagenet-c/shot_noise").rename(tmp_path / "imagenet-c/gaussian_noise")
     (tmp_path / "imagenet-c/gaussian_noise/4").rename(tmp_path / "4")
     with pytest.raises(common.InputError, match="gaussian_noise has no 4/"):
-        list(trees.imagenet_c(tree))
+        list(imagenet_c.imagenet_c(tree))
 
 
 # measures and losses
