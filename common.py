@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.checkpoints import load_matching, read_classifier, read_weights
-from data.images import Images, load_images
-from data.trees import Data, InputError, Split, did_you_mean
+from data.images import Images, load_images, unreadable
+from data.trees import Data, InputError, Split, did_you_mean, listed
 
 __all__ = ["Data", "Images", "InputError", "Split", "did_you_mean"]  # scripts say common.Split
 
@@ -102,6 +102,7 @@ class Clip:
     size: int  # pixels
     mean: tuple
     std: tuple
+    augment: object = None  # transform of training images, in place of `train_transform`
 
     @property
     def key(self):
@@ -149,18 +150,7 @@ def load_clip(config):
     else:
         state, metadata = None, open_clip.get_pretrained_cfg(name, tag) or {}
     quick_gelu = needs_quick_gelu(config, metadata)
-    download = None if path or tag == "random" else tag
-    options = {"force_quick_gelu": quick_gelu, "pretrained_text": False}
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it says "initialized randomly" though weights follow below
-    try:
-        model = open_clip.create_model(name, pretrained=download, **options).float().eval()
-    except (OSError, RuntimeError) as error:
-        cure = "without a network, get the file elsewhere and pass --weights PATH"
-        problem = f"could not get {name} / {tag} ({first_line(error)}); {cure}"
-        raise InputError(problem) from error
-    finally:
-        logging.disable(before)
+    model, tokenizer = create(name, None if path or tag == "random" else tag, quick_gelu)
     if state is not None:
         load_matching(model, state, path)
     size = model.visual.image_size
@@ -169,7 +159,31 @@ def load_clip(config):
     activation = "QuickGELU" if quick_gelu else "GELU"
     print(f"CLIP: {name} from {path or tag}; {count:.1f} M image parameters, {activation}, fp32")
     mean, std = tuple(model.visual.image_mean), tuple(model.visual.image_std)
-    return Clip(model, open_clip.get_tokenizer(name), name, quick_gelu, size, mean, std)
+    return Clip(model, tokenizer, name, quick_gelu, size, mean, std)
+
+
+def create(name, tag, quick_gelu):
+    """(open_clip's model, tokenizer); `tag`: of the weights to download. Raises InputError."""
+    import open_clip
+
+    options = {"force_quick_gelu": quick_gelu, "pretrained_text": False}
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it says "initialized randomly" though weights may follow
+    try:
+        model = open_clip.create_model(name, pretrained=tag, **options).float().eval()
+        tokenizer = open_clip.get_tokenizer(name)
+    except ImportError as error:
+        cure = "install it (SigLIP's needs transformers), or take another model"
+        raise InputError(f"--model {name}: {first_line(error)}; {cure}") from error
+    except (OSError, RuntimeError) as error:
+        cure = "without a network, get the file elsewhere and pass --weights PATH"
+        raise InputError(f"could not get {name} / {tag} ({first_line(error)}); {cure}") from error
+    finally:
+        logging.disable(before)
+    if getattr(model.visual, "output_tokens", False):
+        cure = "expected one vector, as of CLIP and SigLIP"
+        raise InputError(f"--model {name}: its image tower (CoCa) gives tokens, too; {cure}")
+    return model, tokenizer
 
 
 def load_finetuned(path, trust, data, clip, zero_shot):
@@ -218,7 +232,20 @@ def zero_shot_head(clip, classes, templates, device="cpu"):
     texts = model, clip.tokenizer, classes, templates
     head = open_clip.build_zero_shot_classifier(*texts, device=device)
     print(f"zero-shot head: {len(classes)} names x {len(templates)} prompts")
+    check_names(clip.tokenizer, classes, max(templates, key=len))
     return (head.T * model.logit_scale.exp()).float()
+
+
+def check_names(tokenizer, classes, template):
+    """Say which class names do not fit the text tower, and which it cannot tell apart."""
+    tokens = tokenizer([template.format(name) for name in classes])
+    end, classes = tokenizer([""])[0, -1], [name[:60] for name in classes]
+    if cut := [classes[i] for i in (tokens[:, -1] != end).nonzero()]:
+        rest = f"{tokens.shape[1]} tokens, so that the rest may be cut off: {listed(cut)}"
+        print(f"note: {len(cut)} class names fill all {rest}")
+    _, kind, count = tokens.unique(dim=0, return_inverse=True, return_counts=True)
+    if same := [classes[i] for i in (count[kind] > 1).nonzero()]:
+        print(f"note: zero-shot cannot tell these class names apart: {listed(same)}")
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -255,7 +282,8 @@ def hold_out(train, fraction, seed):
         wanted = max(1, round(fraction * len(of_class)))
         held[of_class[: min(wanted, len(of_class) - 1)]] = True
     if not held.any():
-        raise InputError(f"{train.path} has one image per class, none to hold out. Add a val/.")
+        cure = "add images, or a validation set of its own (val/ beside test/)"
+        raise InputError(f"{train.path} has one image per class, none to hold out; {cure}")
 
     def take(mask, **changes):
         kept = np.flatnonzero(mask)
@@ -371,14 +399,14 @@ def fine_tune(config, name, model, split, clip, loss_fn=None, optimiser=None, ke
 
 def image_training(config, name, model, split, clip, loss_fn=None, optimiser=None, key=None):
     """The Training of `fine_tune`, for a loop over `train_steps` of one's own."""
-    transform, n = train_transform(clip.size, clip.mean, clip.std), len(split.labels)
-    device = model.head.weight.device
+    transform = clip.augment or train_transform(clip.size, clip.mean, clip.std)
+    n, device = len(split.labels), model.head.weight.device
 
     def batches_from(first):
         order = batches(n, config.batch, steps_of(config, n), config.seed, first)
         for images, labels, _ in load_images(split, transform, local_parts(order), config, device):
-            readable = labels >= 0
-            yield (images, labels) if readable.all() else (images[readable], labels[readable])
+            real = labels >= 0
+            yield (images, labels) if real.all() else (images[real], labels[real])
 
     def cross_entropy(images, labels):
         return F.cross_entropy(gather(model(images)[1]), gather(labels))
@@ -444,7 +472,7 @@ def train_steps(config, training):
                 base = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = base * schedule(step, config.warmup, steps)
             done, ends_epoch = step + 1, (step + 1) % per_epoch == 0
-            if all_true(len(batch[-1]) > 0):  # else a process has no image that can be read
+            if all_true(len(batch[-1]) > 0):  # else a process has no part of it
                 batch = tuple(x.to(device, non_blocking=True) for x in batch)
                 loss = train_step(config, optimiser, scaler, loss_fn, batch)
                 if step % 10 == 0 or ends_epoch:  # reading the loss waits for the GPU
@@ -545,22 +573,17 @@ def forward(config, models, split, clip):
         model.eval()
     for images, labels, index in load_images(split, transform, local_parts(order), config, device):
         labels, index = (gather(x.to(device)).cpu() for x in (labels, index))
-        readable, out = labels >= 0, {}
+        real, out = labels >= 0, {}
         with autocast(device, config.precision):
             for name, model in models.items():
                 features, logits = model(images)
                 parts = features.float(), project(logits, split.groups)
-                out[name] = tuple(gather(x).cpu()[readable] for x in parts)
-        if readable.any():
-            yield index[readable], labels[readable], out
+                out[name] = tuple(gather(x).cpu()[real] for x in parts)
+        yield index[real], labels[real], out
 
 
 def predict(config, models, split, clip):
-    """{name: Prediction}; what the cache has from the same weights and images is not run again.
-
-    Raises InputError if no image can be read, or if models disagree about the images, because a
-    file changed under the cache.
-    """
+    """{name: Prediction}; what the cache has from the same weights and images is not run again."""
     key = [fingerprint(split), clip.key, config.precision, config.skip_bad_images]
     paths = {}
     for name, model in models.items():
@@ -571,28 +594,18 @@ def predict(config, models, split, clip):
         for name, columns in forward_all(config, todo, split, clip).items():
             found[name] = columns
             write_file(paths[name], functools.partial(torch.save, columns))
-    first = next(iter(found.values()))
-    for name, columns in found.items():
-        if any(not torch.equal(columns[c], first[c]) for c in ("index", "labels")):
-            cure = f"delete {paths[name].parent}"
-            raise InputError(f"{split.name}: {name} saw other images than the rest; {cure}")
     return {n: Prediction(c["features"], c["logits"], c["labels"]) for n, c in found.items()}
 
 
 def forward_all(config, models, split, clip):
-    """`forward` over a whole split.  -> {name: {"features", "logits", "labels", "index": tensor}}
-
-    Raises InputError if no image can be read.
-    """
-    names = "features", "logits", "labels", "index"
-    batches = {m: {column: [] for column in names} for m in models}
-    for index, labels, out in forward(config, models, split, clip):
+    """`forward` over a whole split.  -> {name: {"features", "logits", "labels": tensor}}"""
+    parts = {m: [] for m in models}
+    for _, labels, out in forward(config, models, split, clip):
         for m, (features, logits) in out.items():
-            for column, value in zip(names, (features, logits, labels, index), strict=True):
-                batches[m][column].append(value)
-    if not all(columns["labels"] for columns in batches.values()):
-        raise InputError(f"{split.name}: none of its {len(split.labels)} images can be read")
-    return {m: {c: torch.cat(x) for c, x in columns.items()} for m, columns in batches.items()}
+            parts[m].append((features, logits, labels))
+    names = "features", "logits", "labels"
+    columns = {m: map(torch.cat, zip(*parts[m], strict=True)) for m in models}
+    return {m: dict(zip(names, columns[m], strict=True)) for m in models}
 
 
 def frozen_features(config, model, split, clip):
@@ -612,7 +625,7 @@ def frozen_features(config, model, split, clip):
 
 def accuracy(scores, labels):
     """Share of rows of [N, C] whose largest score is at the label [N]; nan for no rows."""
-    check_scores("accuracy", scores, labels)
+    scores, labels = checked("accuracy", scores, labels)
     return (scores.argmax(1) == labels).double().mean().item()
 
 
@@ -620,11 +633,11 @@ def ece(probabilities, labels, bins=10):
     """Expected calibration error, a share: sum_b n_b / N |accuracy_b - confidence_b|, top-1
     confidence, `bins` of equal width, (low, high].  [N, C], [N]
     """
-    check_scores("ece", probabilities, labels, probability=True)
+    probabilities, labels = checked("ece", probabilities, labels, probability=True)
     confidence, predicted = probabilities.double().max(1)
     gap = (predicted == labels).double() - confidence
     index = bin_of(confidence, bins)
-    return gap.new_zeros(bins).index_add_(0, index, gap).abs().sum().item() / len(labels)
+    return gap.new_zeros(bins).index_add_(0, index, gap).abs().sum().div(len(labels)).item()
 
 
 def bin_of(confidence, bins):
@@ -634,50 +647,59 @@ def bin_of(confidence, bins):
 
 def nll(probabilities, labels):
     """Mean negative log-likelihood in nats; zeros count as the smallest fp32 number."""
-    check_scores("nll", probabilities, labels, probability=True)
-    picked = probabilities.gather(1, labels.long()[:, None]).double()
+    probabilities, labels = checked("nll", probabilities, labels, probability=True)
+    picked = probabilities.gather(1, labels[:, None]).double()
     return -picked.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
 
 
-def check_scores(op, scores, labels, probability=False):
-    """Raises InputError unless scores [N, C] are finite, labels [N] integers, and probabilities
-    from 0 to 1. Without it NaN would count as the largest score, and logits as confidences.
+def checked(op, scores, labels, probability=False):
+    """Scores [N, C] and labels [N], tensors or arrays, as tensors, the labels int64. Raises
+    InputError unless the scores are finite, and probabilities from 0 to 1: NaN would count as the
+    largest score, and logits as confidences.
     """
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     if scores.dim() != 2 or labels.shape != scores.shape[:1] or labels.is_floating_point():
         shapes = f"{tuple(scores.shape)} and {labels.dtype} {tuple(labels.shape)}"
         raise InputError(f"{op}: expected scores [N, C] and integer labels [N], got {shapes}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
+        raise InputError(f"{op}: labels must lie in 0 to {scores.shape[1] - 1}; leave others out")
     if not scores.isfinite().all():
         raise InputError(f"{op}: scores hold inf or nan")
     if probability and len(labels) and not -1e-3 <= scores.min() <= scores.max() <= 1.001:
         raise InputError(f"{op}: probabilities are not in 0 to 1; are they logits?")
+    return scores, labels.long()
 
 
 def temperature(logits, labels, criterion):
     """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. confidence: the T
-    whose mean top-1 probability equals the accuracy, by bisection, since it falls with T; where no
-    T does it (accuracy 1, or at most 1/C) it says so and gives 1.
+    whose mean top-1 probability equals the accuracy, by bisection, since it falls with T. Where no
+    T does it (no images, accuracy 1, or at most 1/C) it says so and gives 1.
     """
-    check_scores("temperature", logits, labels)
+    logits, labels = checked("temperature", logits, labels)
     if criterion == "off":
         return 1.0
-    logits, labels = logits.double(), labels.long()
-    if criterion == "nll":
+    if criterion not in ("nll", "confidence"):
+        raise InputError(f"temperature: criterion {criterion!r}; expected off, nll or confidence")
+    logits, limit = logits.double(), 7.0  # of |log T|
+    target = accuracy(logits, labels)
+    if criterion == "nll" and len(labels):
         from scipy.optimize import minimize_scalar
 
         def loss(t):
             return F.cross_entropy(logits / math.exp(t), labels).item()
 
-        return math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x)
-    if criterion != "confidence":
-        raise InputError(f"temperature: criterion {criterion!r}; expected off, nll or confidence")
-    target, low, high = accuracy(logits, labels), -7.0, 7.0
-    if not 1 / logits.shape[1] < target < 1:
+        t = minimize_scalar(loss, bounds=(-limit, limit), method="bounded").x
+    elif 1 / logits.shape[1] < target < 1:
+        low, high = -limit, limit
+        for _ in range(60):
+            t = (low + high) / 2
+            confidence = (logits / math.exp(t)).softmax(1).amax(1).mean()
+            low, high = (t, high) if confidence > target else (low, t)
+    else:
         print(f"temperature: none gives a mean confidence of {target:.3f}; 1 is used")
         return 1.0
-    for _ in range(60):
-        t = (low + high) / 2
-        confidence = (logits / math.exp(t)).softmax(1).amax(1).mean()
-        low, high = (t, high) if confidence > target else (low, t)
+    if abs(t) > limit - 0.01 or target == 1:
+        print(f"temperature: the fit by {criterion} ran to its bound; {math.exp(t):.3g} is used")
     return math.exp(t)
 
 
@@ -787,18 +809,12 @@ def accuracy_table(rows, title):
 
 
 def write_results(config, device, rows):
-    """Append a line per row to results.jsonl: counts, Wilson intervals, and the run's record."""
-    from scipy.stats import binomtest
-
+    """Append a line per row to results.jsonl: counts, and the run's record."""
     lines, run = [], record_of(config, device)
     for row in rows:
-        splits = {}
-        for s, right in row.right.items():
-            k, n = int(right.sum()), len(right)
-            low_high = binomtest(k, n).proportion_ci(method="wilson") if n else (math.nan, math.nan)
-            splits[s] = {"right": k, "n": n, "wilson95": [float(x) for x in low_high]}
+        counts = {s: {"right": int(right.sum()), "n": len(right)} for s, right in row.right.items()}
         said = {"method": row.method, "seed": row.seed, "choice": row.choice, "ours": row.ours}
-        lines.append(json.dumps({**said, **row.numbers, "right": splits, "run": run}))
+        lines.append(json.dumps({**said, **row.numbers, "right": counts, "run": run}))
     path = Path(config.out) / "results.jsonl"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     if write_file(path, lambda file: file.write_text(before + "\n".join(lines) + "\n")):
@@ -857,8 +873,9 @@ def figure(path, header, columns=1, rows=1):
 
 def setup(Config, argv, doc, presets, opener=None):
     """How every main starts: command line -> config and data, the table of sets printed, the preset
-    of this kind of data applied. `presets`: {kind: {field: value}}; the digits get their tiny CLIP.
-    `opener`: config -> Data, in place of `open_data`. Raises InputError.
+    of this kind of data applied, and what a training will be printed. `presets`: {kind: {field:
+    value}}; the digits get their tiny CLIP. `opener`: config -> Data, in place of `open_data`.
+    Raises InputError.
     """
     tiny = {"model": "tiny_clip", "weights": str(EMBEDDED / "tiny_clip.npz")}
     presets = presets | {"digits": tiny | presets.get("digits", {})}
@@ -867,8 +884,63 @@ def setup(Config, argv, doc, presets, opener=None):
     plain = config.data, config.val_fraction, config.selection, config.seed
     data = opener(config) if opener else open_data(*plain)
     print(describe(data))
+    if config.skip_bad_images:
+        leave_out_unreadable(config, data)
     apply_preset(config, data.kind, presets)
+    plan_training(config, data)
     return config, data
+
+
+def plan_training(config, data):
+    """Print what a training is, and what is odd about it: the defaults are for 1.28 M images. A
+    warm-up of more than a fifth of the steps that the user did not ask for is cut to a tenth; else
+    the learning rate might never get to --lr.
+    """
+    n, n_val, warmup = len(data.train.labels), len(data.val.labels), config.warmup
+    steps = steps_of(config, n)
+    if "warmup" not in config.given and warmup > steps / 5:
+        config.warmup = math.ceil(steps / 10)
+    cut = f", cut from {warmup} to a tenth of all" if config.warmup < warmup else ""
+    size = f"{n:,} images, {config.epochs} epochs, {steps:,} steps of {config.batch} images"
+    print(f"training: {size}, warm-up of {config.warmup} steps{cut}")
+    two = config.weights and "pretrained" in config.given
+    idle = "val_fraction" in config.given and "held-out" not in data.val.path
+    odd = [
+        (config.warmup >= steps, f"--warmup {warmup} is no shorter than the training"),
+        (config.batch > n, f"--batch {config.batch} is more than all training images"),
+        (n_val < 100, f"ID val has {n_val} images: what is chosen on it is left to chance"),
+        (two, "--pretrained has no effect beside --weights"),
+        (idle, "--val-fraction has no effect: ID val is not held out of the training set"),
+    ]
+    for holds, words in odd:
+        if holds:
+            print(f"note: {words}")
+
+
+def leave_out_unreadable(config, data):
+    """Take the images that cannot be decoded out of every set, and name them. All are decoded for
+    it once, then the cache knows, and only those that failed are tried again. Raises InputError if
+    nothing is left of a set or of a training class.
+    """
+    sets = [data.train, data.test, *data.shifts] + [data.val] * (data.val is not data.test)
+    for split in (split for split in sets if not isinstance(split.images, np.ndarray)):
+        images, labels = split.images, split.labels
+
+        def compute(images=images):
+            return {"bad": torch.tensor(unreadable(images), dtype=torch.int64)}
+
+        bad = cached(config, "unreadable", fingerprint(split), compute)["bad"].tolist()
+        if bad := [bad[i] for i in unreadable([images[i] for i in bad])]:
+            n, files = f"{len(bad):,} of {len(images):,}", listed([images[i] for i in bad])
+            print(f"{split.name}: {n} images are unreadable and were left out: {files}")
+            kept = np.setdiff1d(np.arange(len(images)), bad)
+            split.images, split.labels, split.hash = [images[i] for i in kept], labels[kept], None
+        if not len(split.images):
+            raise InputError(f"{split.name}: none of its {len(images)} images can be read")
+        lost = set(labels.tolist()) - set(split.labels.tolist())
+        if lost and split is data.train:
+            folder = os.path.dirname(images[labels.tolist().index(min(lost))])
+            raise InputError(f"{folder}: no image of this class can be read; restore them")
 
 
 def parse(Config, argv, doc):
@@ -946,14 +1018,22 @@ def numbers(text, flag):
 
 
 def run(main):
-    """Call a script's main: an InputError becomes its sentence and exit code 2, Ctrl-C 130."""
+    """Call a script's main: what a user can mend becomes a sentence and exit code 2, Ctrl-C 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # of files whose names are not UTF-8
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # preemption is Ctrl-C
         main()
         if world() > 1:
             dist.destroy_process_group()
-    except InputError as error:
+    except (InputError, PermissionError, MemoryError, RuntimeError) as error:
+        words = "" if isinstance(error, InputError) else str(error)
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", words):
+            cure = "a smaller --batch, carot.py's --micro-batch or, on a GPU, --precision bf16"
+            error = f"out of memory ({first_line(error)}); {cure} needs less"
+        elif isinstance(error, PermissionError):
+            error = f"{error.filename}: {error.strerror}; let yourself read it, or name another"
+        elif not isinstance(error, InputError):
+            raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1027,13 +1107,10 @@ def check_model_name(config):
     name, tag = config.model, config.pretrained
     if name not in open_clip.list_models():
         hint = did_you_mean(name, open_clip.list_models())
-        raise InputError(
-            f"--model: open_clip has no {name!r}{hint}; open_clip.list_models() shows all"
-        )
+        raise InputError(f"--model: open_clip has no {name!r}{hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not config.weights and tag not in ("random", *tags):
-        hint = did_you_mean(tag, tags)
-        known = f"{name} has no {tag!r}{hint}; it has {', '.join(tags)}"
+        known = f"{name} has no {tag!r}{did_you_mean(tag, tags)}; it has {listed(tags)}"
         raise InputError(f"--pretrained: {known}; a local file goes to --weights")
 
 
@@ -1047,11 +1124,7 @@ def needs_quick_gelu(config, metadata):
     source = bool(known.get("quick_gelu"))
     if config.quick_gelu == "auto" and config.weights and "quick_gelu" not in known:
         print(f"{config.weights} does not say which activation it needs; --quick-gelu overrules")
-    wanted = {"auto": source, "yes": True, "no": False}[config.quick_gelu]
-    if not wanted and "quickgelu" in config.model:
-        other = config.model.split("-quick")[0]
-        raise InputError(f"--quick-gelu no: {config.model} has QuickGELU; use {other}")
-    return wanted
+    return {"auto": source, "yes": True, "no": False}[config.quick_gelu]
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -1115,11 +1188,10 @@ class Gather(torch.autograd.Function):  # torch.distributed.nn has one, deprecat
     def forward(ctx, x):
         sizes = row_counts(x)
         ctx.first, ctx.rows = sum(sizes[: rank()]), len(x)
-        padded = x.new_zeros(max(sizes), *x.shape[1:])  # all_gather wants equal parts
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+        whole = x.new_zeros(sum(sizes), *x.shape[1:])  # all_gather would want equal parts
+        whole[ctx.first : ctx.first + ctx.rows] = x
+        dist.all_reduce(whole)
+        return whole
 
     @staticmethod
     def backward(ctx, grad):

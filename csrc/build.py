@@ -22,7 +22,7 @@ from . import ops
 CSRC = Path(__file__).resolve().parent
 # -ffp-contract=off: the same bits on CPUs with and without fused multiply-add
 # -fno-math-errno: lets square roots be vectorised
-CPU_FLAGS = "-O3 -std=c++20 -pthread -ffp-contract=off -fno-math-errno -Wno-psabi".split()
+CPU_FLAGS = "-O3 -std=c++17 -pthread -ffp-contract=off -fno-math-errno -Wno-psabi".split()
 CUDA_FLAGS = ["-O3", "-std=c++17"]
 
 
@@ -32,8 +32,8 @@ def load():
     cannot be had.
 
     Those for CUDA come with them where PyTorch sees a GPU (or TORCH_CUDA_ARCH_LIST says for which
-    it is to be built) and CUDA_HOME or nvcc is found; where that build fails, it is tried without
-    them. KERNELS=off (also 0, no, false) switches all off. Raises ValueError for another value.
+    it is to be built) and CUDA_HOME or nvcc is found. KERNELS=off (also 0, no, false) switches all
+    off. Raises ValueError for another value.
     """
     wanted = os.environ.get("KERNELS", "on")
     if wanted.lower() in ("off", "0", "no", "false"):
@@ -41,28 +41,26 @@ def load():
         return None
     if wanted.lower() not in ("on", "1", "yes", "true", ""):
         raise ValueError(f"KERNELS must be on or off, got {wanted}")
-    gpu = torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")
-    for cuda in (True, False) if gpu and cuda_home() else (False,):
-        folder = build_folder(cuda)
-        try:
-            module, seconds = build(folder, cuda)
-        except (OSError, RuntimeError, ImportError) as problem:
-            instead = "trying without CUDA" if cuda else "using PyTorch"
-            print(f"kernels: not built ({reason(problem)}), {instead}", flush=True)
-            continue
-        kernels = ops.loaded = ops.Kernels(module, cuda)
-        done = "found" if seconds is None else f"built in {seconds:.0f} s"
-        paths = f"CPU level {kernels.level}" + (", CUDA" if cuda else "")
-        print(f"kernels: {done} in {folder}, {paths}", flush=True)
-        return kernels
-    return None
+    cuda = with_cuda()
+    folder = build_folder(cuda)
+    try:
+        module, seconds = build(folder, cuda)
+    except (OSError, RuntimeError, ImportError) as problem:
+        print(f"kernels: not built ({reason(problem)}), using PyTorch", flush=True)
+        return None
+    kernels = ops.loaded = ops.Kernels(module, cuda)
+    done = "found" if seconds is None else f"built in {seconds:.0f} s"
+    knn = f"k-NN by {kernels.level or 'PyTorch'}" + (", CUDA" if cuda else "")
+    print(f"kernels: {done} in {folder}, {knn}", flush=True)
+    return kernels
 
 
-def cuda_home():
-    """Root folder of the CUDA toolkit that PyTorch has found, or None."""
+def with_cuda():
+    if not (torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST")):
+        return False
     from torch.utils import cpp_extension  # half a second, so only where it is needed
 
-    return torch.version.cuda and cpp_extension.CUDA_HOME
+    return bool(torch.version.cuda and cpp_extension.CUDA_HOME)
 
 
 def build_folder(cuda=False):

@@ -1,6 +1,5 @@
 // All C functions of this folder: raw pointers and sizes, so that no PyTorch header is parsed.
-// Their references in PyTorch: vrf.knn_kth_distance and spd.spd_step. Those that return text give
-// nullptr, or a sentence that says what was wrong (valid until the thread's next call).
+// Their references in PyTorch: vrf.knn_kth_distance and spd.spd_step. ops.py calls them.
 #pragma once
 #include <stdint.h>
 
@@ -10,15 +9,15 @@ extern "C" {
 
 // ---- CPU ----
 
-// Instruction sets that this CPU offers to k-NN, the best first, a blank between: amx avx512bf16 v4
-// v3 baseline. v3 and v4 are the levels of x86-64 (AVX2, AVX-512). Chosen at run time, nothing is
-// compiled with -march=native.
+// Instruction sets that this CPU offers to k-NN, the best first, a blank after each: of amx,
+// avx512bf16, avx512, avx2. Chosen at run time, nothing is compiled with -march=native.
 const char* knn_kth_distance_levels();
 
 // VRF Eq. (4): exact distance of each query [n, d] to its k-th nearest row of reference [m, d].
-// All contiguous fp32; 1 <= k <= m; finite, norms below 5e17 (else the sentence names the row).
-const char* knn_kth_distance_cpu(const float* queries, int64_t n, const float* reference, int64_t m,
-                                 int64_t d, int64_t k, const char* level, int threads, float* out);
+// All contiguous fp32; d a multiple of 32; 1 <= k <= m < 2^31. 0 where a row is not finite, or
+// longer than 5e17, else 1.
+int knn_kth_distance_cpu(const float* queries, int64_t n, const float* reference, int64_t m,
+                         int64_t d, int64_t k, const char* level, int threads, float* out);
 
 // One parameter tensor of SPD: a row of a table of int64, [tensors, 7]. anchor: null means zeros.
 // first_chunk: sum over the tensors before this one of ceil(size / SPD_CHUNK); CUDA alone reads it.
@@ -40,16 +39,23 @@ void spd_step_cpu(const SpdTensor* tensors, int64_t count, int bytes, int64_t st
                   double* conditions, double* sums);
 
 // ---- CUDA ----
-// All pointers are device pointers; `stream` is a cudaStream_t. A launcher only enqueues work: it
-// allocates nothing, never waits for the device, and may be captured into a CUDA graph.
+// All pointers are device pointers, but the first of k-NN; `stream` is a cudaStream_t. A launcher
+// only enqueues work: it allocates nothing, never waits for the device, and may be captured into a
+// CUDA graph. It returns null, or a sentence that says what was wrong.
 
-// As above, for finite rows (not checked: that would wait for the device). centre [d]: any row,
-// best about the mean of the reference. scratch: of the size that _scratch gives, aligned to 256
-// bytes.
-int64_t knn_kth_distance_cuda_scratch(int64_t n, int64_t m, int64_t d, int64_t k);
-const char* knn_kth_distance_cuda(const float* queries, int64_t n, const float* reference,
-                                  int64_t m, int64_t d, int64_t k, const float* centre, float* out,
-                                  void* scratch, void* stream);
+// A batch of queries, as 17 int64. Row p of reference16 is row p * stride % m of reference.
+typedef struct {
+  const float *queries, *reference;           // [n, d], [m, d]
+  const void *queries16, *reference16;        // the same, centred, in fp16
+  const float *half_square, *band;            // [m] of reference16: |y|^2 / 2; [n]: E(x) of the .cu
+  float* bound;                               // [n], -infinity before
+  uint32_t *counts, *undecided;               // [n], 0 before
+  void* survivors;                            // [n, capacity], 8 bytes each
+  float* out;                                 // [n]
+  int64_t n, m, d, k, stride, capacity;       // d a multiple of 32
+} KnnBatch;
+int64_t knn_kth_distance_cuda_capacity(int64_t m, int64_t k);
+const char* knn_kth_distance_cuda(const KnnBatch* batch, void* stream);
 
 // Elements; a multiple of 4, so that a chunk of an aligned tensor is aligned.
 enum { SPD_CHUNK = 4096 };

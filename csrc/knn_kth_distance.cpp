@@ -13,8 +13,8 @@
 //            k-th's stay undecided
 //   refine   sum (x - y)^2 in fp64 for the undecided ones; the (k - certainly nearer)-th is the
 //            answer
-// The four functions below carry these names. Queries that the filter cannot decide (thousands of
-// equal distances, a guess that was too high) are done by brute force in fp64.
+// The four functions below carry these names. Where the filter decides nothing (thousands of equal
+// distances, a guess that was too high) all rows are undecided: brute force in fp64.
 //
 // The error e_j. Let X', Y' be the rounded vectors that are multiplied, dx >= |X - X'|,
 // dy_j >= |Y_j - Y'_j| their residual norms as measured while rounding, nx >= |X|, ny_j >= |Y_j|.
@@ -40,6 +40,9 @@
 // Result: fp64 differences summed in one fixed order, so the same bits for any number of threads
 // and for any instruction set; near-duplicates keep full relative precision, unlike
 // |x|^2 + |y|^2 - 2 x.y.
+#include <algorithm>
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -51,8 +54,8 @@
 namespace {
 
 constexpr int64_t kBlockBytes = 1 << 18;  // packed references at work: they stay in L2
-constexpr int64_t kSpan = 64;  // blocks packed between two barriers: waiting is dear when busy
-constexpr int64_t kTeam = 8;   // groups of queries that share a block while it is in a thread's L2
+constexpr int64_t kSpan = 64;   // blocks packed between two barriers: waiting is dear when busy
+constexpr int64_t kTeam = 192;  // queries that share a block while it is in a thread's L2
 constexpr int64_t kBufferBytes = 64 << 20;  // survivors of all queries of one pass
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -63,20 +66,17 @@ struct Survivor {
   uint32_t place;
 };
 
-// A query under way: its norms, the best known lower bound of its k-th best score, survivors.
-struct Query {
+struct Query {  // under way
+  const float* row = nullptr;
   float norm = 0, residual = 0;
-  float lower = -kInfinity;
-  bool decided = true;  // false: by brute force
+  float lower = -kInfinity;  // best known lower bound of its k-th best score
+  bool decided = true;       // false: too many survivors, brute force
   std::vector<Survivor> survivors;
-  std::vector<double> distances;  // of the survivors, in `refine`
 };
 
-// Packed rows: panels of `panel_words`, of the reference a span of blocks at a time; and of all
-// rows upper bounds of the norms and of the residuals' norms, and -|Y|^2 / 2, where the products
-// start.
+// Panels of packed rows, of the reference a span of blocks at a time. For all rows: upper bounds of
+// the norms and of the residuals' norms, and -|Y|^2 / 2, where the products start.
 struct Packed {
-  int64_t panel_words = 0;
   std::vector<uint32_t> storage;
   uint32_t* words = nullptr;  // in `storage`, on a cache line: straddling costs 1.5 times the time
   std::vector<float> norm, residual, start;
@@ -85,9 +85,9 @@ struct Packed {
 struct Search {
   const Level& level;
   const float *queries, *rows;
-  int64_t m, d, k, chunks, block;  // block: rows of the reference in one
-  int threads = 1;
-  int64_t stride = 1;
+  int64_t m, d, k;
+  int threads;
+  int64_t words = 0, block = 0, stride = 0;  // words of a row; rows of the reference in a block
   float slack = 0;  // a factor for the fp32 rounding of the norms and of the error terms themselves
   float gamma = 0, tiny = 0;  // of the header
   float floor = 0;            // covers squares that underflow in a sum of squares
@@ -98,12 +98,12 @@ struct Search {
   // the rows are sorted (by class is the usual case).
   const float* row(int64_t place) const { return rows + place * stride % m * d; }
   // Survivors of a query for which there is room to begin with.
-  int64_t room() const { return std::min(m, std::max(block, 2 * k) + 1024) + kStep; }
+  int64_t room() const { return std::min(m, std::max(block, 2 * k) + 1024) + kMostRows; }
 
   // e_j of the header.
   float error(const Query& q, float ny, float dy) const {
     return slack * (q.norm * dy + q.residual * (ny + dy) +
-                     gamma * ((q.norm + q.residual) * (ny + dy) + 0.5f * ny * ny) + tiny);
+                    gamma * ((q.norm + q.residual) * (ny + dy) + 0.5f * ny * ny) + tiny);
   }
   float error(const Query& q, const Survivor& v) const {
     return error(q, reference.norm[v.place], reference.residual[v.place]);
@@ -127,7 +127,9 @@ void bound(const Search& s, Query& q, int64_t seen) {
   std::vector<float> low;
   for (const auto& v : q.survivors) low.push_back(v.score - s.error(q, v));
   q.lower = std::max(q.lower, nth_largest(std::move(low), rank));
-  std::erase_if(q.survivors, [&](const auto& v) { return v.score + s.error(q, v) < q.lower; });
+  const auto farther = [&](const auto& v) { return v.score + s.error(q, v) < q.lower; };
+  auto& all = q.survivors;
+  all.erase(std::remove_if(all.begin(), all.end(), farther), all.end());
 }
 
 // Room for 32 more survivors: some are dropped where the bound has risen; else the list grows, up
@@ -140,37 +142,38 @@ void make_room(const Search& s, Query& q, int64_t seen) {
   else std::vector<Survivor>().swap(q.survivors);
 }
 
-// Filter: scores of a group of queries against one block; rows that reach a query's bound survive,
-// about 1 in 50 and fewer. `worst` is the largest e_j of the block for each query, so no row that
-// may matter is dropped. block_panels: the block's panels; begin, end: its places.
-void filter(const Search& s, Query* group, int count, const uint32_t* query_panels,
-            const uint32_t* block_panels, int64_t begin, int64_t end) {
-  alignas(64) float scores[kGroup * kStep], limit[kGroup], worst[kGroup];
-  uint32_t mask[kGroup];
-  const float *norm = s.reference.norm.data(), *residual = s.reference.residual.data();
-  const float ny = *std::max_element(norm + begin, norm + end);
-  const float dy = *std::max_element(residual + begin, residual + end);
-  for (int i = 0; i < s.level.group; ++i) {
-    worst[i] = i < count ? s.error(group[i], ny, dy) : 0;
-    limit[i] = i < count && group[i].decided ? group[i].lower - worst[i] : kInfinity;
-  }
-  for (int64_t place = begin; place < end; place += kStep) {
-    const int64_t panel = (place - begin) / kTile;
-    s.level.scores(query_panels, block_panels + panel * s.reference.panel_words,
-                   &s.reference.start[place], s.chunks, scores);
-    s.level.passing(scores, limit, s.level.group, mask);
-    const uint32_t real = end - place < kStep ? (1u << (end - place)) - 1 : ~0u;  // no padding
-    for (int i = 0; i < count; ++i) {
-      uint32_t hits = mask[i] & real;
-      if (!hits) continue;
-      Query& q = group[i];
-      if (q.survivors.size() + kStep > q.survivors.capacity()) {
-        make_room(s, q, end);
-        limit[i] = q.decided ? q.lower - worst[i] : kInfinity;
-      }
-      for (; hits && q.decided; hits &= hits - 1) {
-        const int j = __builtin_ctz(hits);
-        q.survivors.push_back({scores[i * kStep + j], uint32_t(place + j)});
+// Filter: scores of a team of queries against a block, the places begin, ..., end - 1 of the
+// reference; rows that reach a query's bound survive, about 1 in 50 and fewer. `worst` is the largest
+// e_j of the block, so no row that may matter is dropped.
+void filter(const Search& s, Query* team, int64_t count, const uint32_t* queries,
+            const uint32_t* block, int64_t begin, int64_t end) {
+  alignas(64) float scores[kMostQueries * kMostRows], limit[kMostQueries], worst[kMostQueries];
+  uint32_t mask[kMostQueries];
+  const auto &norm = s.reference.norm, &residual = s.reference.residual;
+  const float ny = *std::max_element(&norm[begin], &norm[0] + end);
+  const float dy = *std::max_element(&residual[begin], &residual[0] + end);
+  const int width = s.level.queries, rows = s.level.rows;
+  for (; count > 0; team += width, count -= width, queries += width * s.words) {
+    for (int i = 0; i < width; ++i) {
+      worst[i] = i < count ? s.error(team[i], ny, dy) : 0;
+      limit[i] = i < count && team[i].decided ? team[i].lower - worst[i] : kInfinity;
+    }
+    const uint32_t* panel = block;
+    for (int64_t place = begin; place < end; place += rows, panel += rows * s.words) {
+      s.level.scores(queries, panel, s.words, &s.reference.start[place], limit, scores, mask);
+      const uint32_t real = end - place < 32 ? (1u << (end - place)) - 1 : ~0u;  // no padding
+      for (int i = 0; i < width; ++i) {
+        uint32_t hits = mask[i] & real;
+        if (!hits) continue;
+        Query& q = team[i];
+        if (q.survivors.size() + rows > q.survivors.capacity()) {
+          make_room(s, q, end);
+          limit[i] = q.decided ? q.lower - worst[i] : kInfinity;
+        }
+        for (; hits && q.decided; hits &= hits - 1) {
+          const int j = __builtin_ctz(hits);
+          q.survivors.push_back({scores[i * rows + j], uint32_t(place + j)});
+        }
       }
     }
   }
@@ -196,65 +199,36 @@ int64_t band(const Search& s, Query& q) {
   return s.k - nearer;
 }
 
-// Refine: exact distances of the undecided rows, and the rank-th of them for each query. Rows are
-// visited 256 at a time for all queries, so that they come from the cache and not once per pair
-// from memory.
-void refine(const Search& s, int64_t first, std::vector<Query>& group,
-            const std::vector<int64_t>& rank, float* out) {
-  constexpr int64_t kBucket = 256;
-  std::vector<std::vector<std::pair<uint32_t, uint32_t>>> buckets(s.m / kBucket + 1);
-  for (size_t i = 0; i < group.size(); ++i) {
-    if (!rank[i]) continue;
-    group[i].distances.resize(group[i].survivors.size());
-    for (size_t j = 0; j < group[i].survivors.size(); ++j)
-      buckets[group[i].survivors[j].place / kBucket].push_back({i, j});
-  }
-  parallel(s.threads, int64_t(buckets.size()), [&](int64_t b) {
-    for (const auto& [i, j] : buckets[b]) {
-      const float *x = s.queries + (first + i) * s.d, *y = s.row(group[i].survivors[j].place);
-      group[i].distances[j] = s.level.exact(x, y, s.d);
-    }
-  });
-  parallel(s.threads, int64_t(group.size()), [&](int64_t i) {
-    if (!rank[i]) return;
-    const auto begin = group[i].distances.begin(), kth = begin + (rank[i] - 1);
-    std::nth_element(begin, kth, group[i].distances.end());
-    out[first + i] = float(std::sqrt(*kth));
-  });
+// Refine: exact distances of the undecided rows; the answer is the rank-th of them.
+float refine(const Search& s, const Query& q, int64_t rank) {
+  std::vector<double> distances;
+  for (const auto& v : q.survivors)
+    distances.push_back(s.level.exact(q.row, s.row(v.place), s.d));
+  std::nth_element(distances.begin(), distances.begin() + (rank - 1), distances.end());
+  return float(std::sqrt(distances[rank - 1]));
 }
 
 // ---- around them ----
 
-float brute(const Search& s, const float* query) {
-  std::vector<double> distances(s.m);
-  for (int64_t j = 0; j < s.m; ++j) distances[j] = s.level.exact(query, s.rows + j * s.d, s.d);
-  std::nth_element(distances.begin(), distances.begin() + (s.k - 1), distances.end());
-  return float(std::sqrt(distances[s.k - 1]));
-}
-
-// Packs `count` rows given by `row(i)`, `width` in a panel, and takes their norms, to be found from
-// `offset` on. False if one is not finite or too long.
+// Packs the rows `row(i)`, begin <= i < end, in panels of `width`, the last one filled up with its
+// last row, and takes their norms. False if one is not finite or too long.
 template <class Row>
-bool pack_rows(const Search& s, bool queries, int64_t count, const Row& row, Packed& out,
-               int64_t offset) {
-  const int step = queries ? s.level.group : kStep, width = queries ? s.level.panel : kTile;
-  const int pitch = queries ? s.level.pitch : kTile;
-  const int64_t panels = (count + step - 1) / step * step / width;
-  out.panel_words = s.chunks * kTile * pitch;
-  out.storage.resize(panels * out.panel_words + kTile);
+bool pack_rows(const Search& s, const Row& row, int64_t begin, int64_t end, int width, bool tiles,
+               Packed& out) {
+  const int64_t panels = (end - begin - 1) / width + 1;
+  out.storage.resize(panels * width * s.words + 16);
   out.words = (uint32_t*)((uintptr_t(out.storage.data()) + 63) & ~uintptr_t(63));
-  for (auto* column : {&out.norm, &out.residual, &out.start})
-    column->resize(std::max<size_t>(column->size(), offset + panels * width));
-  std::atomic<bool> good = true;
-  parallel(s.threads, panels, [&](int64_t p) {
-    const float* from[kTile] = {};
-    float square[kTile], lost[kTile];
-    for (int r = 0; r < width; ++r)
-      if (p * width + r < count) from[r] = row(p * width + r);
-    s.level.pack(from, pitch, !queries || !s.level.tiles, s.centre.data(), s.d,
-                 out.words + p * out.panel_words, square, lost);
+  for (auto* column : {&out.norm, &out.residual, &out.start}) column->resize(begin + panels * width);
+  std::atomic<bool> good{true};
+  parallel(s.threads, panels, [&](int64_t panel) {
+    const float* rows[kMostRows];
+    float square[kMostRows], lost[kMostRows];
+    const int64_t first = begin + panel * width;
+    for (int r = 0; r < width; ++r) rows[r] = row(std::min(first + r, end - 1));
+    s.level.pack(rows, width, tiles, s.centre.data(), s.d, out.words + panel * width * s.words,
+                 square, lost);
     for (int r = 0; r < width; ++r) {
-      const int64_t i = offset + p * width + r;
+      const int64_t i = first + r;
       if (!(square[r] < 1e36f)) good = false;  // NaN as well
       out.start[i] = -0.5f * square[r];
       out.norm[i] = std::sqrt(square[r]) * s.slack + s.floor;
@@ -265,114 +239,88 @@ bool pack_rows(const Search& s, bool queries, int64_t count, const Row& row, Pac
   return good;
 }
 
-// Which row made `pack_rows` complain: a centre spoilt by one row makes all the others look bad, so
-// search them.
-std::string complaint(const Search& s, int64_t n) {
-  for (int64_t j = 0; j < n + s.m; ++j) {
-    const float* row = j < n ? s.queries + j * s.d : s.rows + (j - n) * s.d;
-    const double square = std::inner_product(row, row + s.d, row, 0.0, std::plus<>(),
-                                             [](double a, double b) { return a * b; });
-    if (square < 0.25e36) continue;
-    return std::string("knn_kth_distance: ") + (j < n ? "queries" : "reference") + " row " +
-           std::to_string(j < n ? j : j - n) +
-           (std::isfinite(square) ? " is longer than 5e17; scale both arguments down"
-                                  : " holds NaN or infinity");
-  }
-  return "knn_kth_distance: rows are too long; scale both arguments down";
-}
-
-// One pass: the whole reference against queries first, ..., first + count - 1. False if a row is
-// not finite or too long.
-bool pass(Search& s, int64_t first, int64_t count, float* out) {
-  const int size = s.level.group, width = s.level.panel;
+// One pass: the whole reference against `count` queries. False if a row is not finite or too long.
+bool pass(Search& s, const float* queries, int64_t count, float* out) {
+  const int width = s.level.queries;
   std::vector<Query> group(count);
   Packed packed;
-  const auto query_row = [&](int64_t i) { return s.queries + (first + i) * s.d; };
-  if (!pack_rows(s, true, count, query_row, packed, 0)) return false;
+  const auto query = [&](int64_t i) { return queries + i * s.d; };
+  if (!pack_rows(s, query, 0, count, width, s.level.tiles, packed)) return false;
   for (int64_t i = 0; i < count; ++i) {
+    group[i].row = query(i);
     group[i].norm = packed.norm[i];
     group[i].residual = packed.residual[i];
     group[i].survivors.reserve(s.room());
   }
-  const int64_t groups = (count - 1) / size + 1;
-  const int64_t team = std::min(kTeam, (groups - 1) / s.threads + 1);
+  const int64_t team = std::min(kTeam, (count - 1) / s.threads + 1) / width * width + width;
   for (int64_t from = 0; from < s.m; from += kSpan * s.block) {
     const int64_t to = std::min(from + kSpan * s.block, s.m);
-    const auto row = [&](int64_t i) { return s.row(from + i); };
-    if (!pack_rows(s, false, to - from, row, s.reference, from)) return false;
-    parallel(s.threads, (groups - 1) / team + 1, [&](int64_t t) {
+    const auto row = [&](int64_t i) { return s.row(i); };
+    if (!pack_rows(s, row, from, to, s.level.rows, false, s.reference)) return false;
+    parallel(s.threads, (count - 1) / team + 1, [&](int64_t t) {
+      const int64_t first = t * team, last = std::min(first + team, count);
       for (int64_t begin = from; begin < to; begin += s.block) {
         const int64_t end = std::min(begin + s.block, to), done = end / s.block;
-        const uint32_t* panels =
-            s.reference.words + (begin - from) / kTile * s.reference.panel_words;
-        for (int64_t g = t * team; g < std::min((t + 1) * team, groups); ++g) {
-          Query* queries = &group[g * size];
-          const int some = int(std::min<int64_t>(size, count - g * size));
-          filter(s, queries, some, packed.words + g * (size / width) * packed.panel_words, panels,
-                 begin, end);
-          // a fresh guess at 1, 4, 16, 64 ... blocks: the sample grows, the guess sharpens
-          if ((done & (done - 1)) == 0 && (done & 0x5555555555555555))
-            for (int i = 0; i < some; ++i) bound(s, queries[i], end);
-        }
+        filter(s, &group[first], last - first, packed.words + first * s.words,
+               s.reference.words + (begin - from) * s.words, begin, end);
+        // a fresh guess at 1, 4, 16, 64 ... blocks: the sample grows, the guess sharpens
+        if ((done & (done - 1)) == 0 && (done & 0x5555555555555555))
+          for (int64_t i = first; i < last; ++i) bound(s, group[i], end);
       }
     });
   }
-  std::vector<int64_t> rank(count, 0);
   parallel(s.threads, count, [&](int64_t i) {
-    if (group[i].decided) rank[i] = band(s, group[i]);
-    if (!rank[i]) out[first + i] = brute(s, query_row(i));
+    int64_t rank = group[i].decided ? band(s, group[i]) : 0;
+    if (!rank) {  // all rows are undecided
+      rank = s.k;
+      group[i].survivors.resize(s.m);
+      for (int64_t j = 0; j < s.m; ++j) group[i].survivors[j].place = uint32_t(j);
+    }
+    out[i] = refine(s, group[i], rank);
   });
-  refine(s, first, group, rank, out);
   return true;
+}
+
+void prepare(Search& s) {
+  s.words = s.level.bf16 ? s.d / 2 : s.d;
+  s.block = std::max<int64_t>(kBlockBytes / (4 * s.words) / kMostRows, 4) * kMostRows;
+  s.stride = int64_t(double(s.m) * 0.6180339887) + 1;  // golden section: spreads first parts evenly
+  while (std::gcd(s.stride, s.m) != 1) ++s.stride;
+  s.slack = 1.0001f + s.d * 0x1p-27f;
+  s.gamma = (2.0f * s.d + 8) * 0x1p-24f;
+  s.tiny = (s.d + 4.0f) * 0x1p-124f;
+  s.floor = std::sqrt(float(s.d)) * 0x1p-62f;
+  const int64_t sample = std::min(s.m, s.block);
+  std::vector<double> sum(s.d, 0);  // centre: the mean of the first block
+  for (int64_t j = 0; j < sample; ++j)
+    for (int64_t i = 0; i < s.d; ++i) sum[i] += s.row(j)[i];
+  for (int64_t i = 0; i < s.d; ++i) s.centre.push_back(float(sum[i] / double(sample)));
 }
 
 }  // namespace
 
 extern "C" const char* knn_kth_distance_levels() {
-  static const std::string names = [] {
-    std::string text;
-    for (const bool slow : {false, true})
-      for (const auto& level : kLevels)
-        if (level.supported() && is_slow(level.name) == slow) text += std::string(" ") + level.name;
-    return text.substr(1);
-  }();
+  static thread_local std::string names;
+  names.clear();
+  for (const auto& level : kLevels)
+    if (level.supported()) names += std::string(level.name) + " ";
   return names.c_str();
 }
 
-extern "C" const char* knn_kth_distance_cpu(const float* queries, int64_t n, const float* reference,
-                                            int64_t m, int64_t d, int64_t k, const char* level_name,
-                                            int threads, float* out) {
-  static thread_local std::string problem;
-  const auto level = std::find_if(std::begin(kLevels), std::end(kLevels), [&](const Level& l) {
-    return !std::strcmp(l.name, level_name) && l.supported();
+extern "C" int knn_kth_distance_cpu(const float* queries, int64_t n, const float* reference,
+                                    int64_t m, int64_t d, int64_t k, const char* level_name,
+                                    int threads, float* out) {
+  const auto level = std::find_if(kLevels.begin(), kLevels.end(), [&](const Level& l) {
+    return !std::strcmp(l.name, level_name);
   });
-  if (level == std::end(kLevels))
-    return "knn_kth_distance: this CPU does not offer the level asked for";
-  if (m >= int64_t(1) << 31) return "knn_kth_distance: needs fewer than 2^31 reference rows";
-  if (n == 0) return nullptr;
-  const int64_t width = level->bf16 ? 32 : 16, chunks = (d + width - 1) / width;
-  const int64_t fitting = kBlockBytes / (chunks * kTile * 4) / kStep * kStep;
-  Search s{*level, queries, reference, m, d, k, chunks, std::max<int64_t>(fitting, 4 * kStep)};
-  s.threads = int(std::clamp<double>(double(n) * m * d / (1 << 24), 1, std::max(threads, 1)));
-  s.stride = int64_t(double(m) * 0.6180339887) + 1;  // golden section: first parts spread evenly
-  while (std::gcd(s.stride, m) != 1) ++s.stride;
-  s.slack = 1.0001f + d * 0x1p-27f;
-  s.gamma = (2.0f * d + 8) * 0x1p-24f;
-  s.tiny = (d + 4.0f) * 0x1p-124f;
-  s.floor = std::sqrt(float(d)) * 0x1p-62f;
-  const int64_t sample = std::min(m, s.block);
-  std::vector<double> sum(d, 0);  // centre: the mean of the first block
-  for (int64_t j = 0; j < sample; ++j)
-    for (int64_t i = 0; i < d; ++i) sum[i] += s.row(j)[i];
-  for (int64_t i = 0; i < d; ++i) s.centre.push_back(float(sum[i] / double(sample)));
-
-  const int64_t each = 8 * s.room() + 4 * width * chunks;  // bytes of a query
-  const int64_t at_once =
-      std::max<int64_t>(kBufferBytes / each / level->group, s.threads) * level->group;
-  for (int64_t first = 0; first < n; first += at_once) {
-    if (pass(s, first, std::min(at_once, n - first), out)) continue;
-    problem = complaint(s, n);
-    return problem.c_str();
+  const double worth = double(n) * m * d / (1 << 24);  // a thread for each 16 M multiply-adds
+  Search s{*level, queries, reference, m, d, k, int(std::clamp<double>(worth, 1, threads))};
+  prepare(s);
+  const int64_t each = 8 * s.room() + 4 * s.words;  // bytes of a query
+  const int64_t panels = std::max<int64_t>(kBufferBytes / each / s.level.queries, threads);
+  for (int64_t first = 0; first < n; first += panels * s.level.queries) {
+    const int64_t count = std::min(panels * s.level.queries, n - first);
+    if (!pass(s, queries + first * d, count, out + first)) return 0;
   }
-  return nullptr;
+  return 1;
 }

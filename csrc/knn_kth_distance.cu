@@ -2,12 +2,11 @@
 // Eq. 4), exact. Reference in PyTorch: vrf.knn_kth_distance.
 // queries [n, d], reference [m, d], both row-major fp32 -> [n] fp32.
 //
-// Method, k <= 16384: five steps per batch of queries, no distance matrix in device memory. Larger
-// k, and the few queries that the filter cannot decide: brute force, a block per query, see
-// knn_brute_kernel.
-//   pack    both sides, centred by a given row (distances do not change), rounded to bf16;
-//           the lengths of the rounded rows and of what the rounding cut off. The reference is
-//           packed in a scattered order, so that any first part of it is a fair sample even where
+// Method: five steps per batch of queries, no distance matrix in device memory. The few queries
+// that the filter cannot decide are done by brute force, a block each, see knn_brute_kernel.
+//   pack    (ops.py) both sides, centred by the mean of some rows (distances do not change), rounded
+//           to fp16; the lengths of the rounded rows and of what the rounding cut off. The reference
+//           is packed in a scattered order, so that any first part of it is a fair sample even where
 //           the rows are sorted by class.
 //   filter  scores s' = x.y - |y|^2 / 2 on tensor cores (wmma, fp32 accumulation);
 //           s = (|x|^2 - |x - y|^2) / 2, so the largest score is the nearest row. Rows with
@@ -16,11 +15,11 @@
 //           After a slab of `seen` rows, bound(x) = (the rank-th best score so far) - 2 E(x),
 //           rank = min(k, e + 6 sqrt(e) + 8), e = k seen / m: below the k-th best score of all rows
 //           but for chance, see `refine`.
-//   band    |s - s'| <= E(x) = |x| max|y - y'| + |x - x'| max|y'|
-//                              + (d + 8) 2^-22 (|x'| max|y'| + max|y|^2 / 2).
+//   band    (E in ops.py) |s - s'| <= E(x) = |x| max|y - y'| + |x - x'| max|y'|
+//                                            + (d + 16) 2^-22 (|x'| max|y'| + max|y|^2 / 2).
 //           The first two terms are x.y - x'.y' = x.(y - y') + (x - x').y'; the third covers fp32
 //           sums in any order and with truncation, as tensor cores do them (at most 5/4 d steps of
-//           2^-23 of the largest), the rounding of |y|^2 / 2 and of comparisons.
+//           2^-23 of the largest), the rounding of y and |y|^2 / 2, and of comparisons.
 //   refine  T = k-th best s'. A row with s' > T + 2 E is nearer than the k-th: at most k - 1 rows
 //           can have s > T + E. One with s' < T - 2 E is farther: k rows have s >= T - E. Those
 //           between are computed again by differences in fp64, and the k-th smallest of all is the
@@ -28,12 +27,13 @@
 //           has decided nothing, and the query is done by brute force.
 //
 // Memory traffic: a tile of 128 queries x 128 rows is multiplied out of shared memory and ends in
-// registers; the reference is read once per 128 queries, mostly from L2. Scratch: the bf16 copies
-// and room for about 10 k survivors a query, 256 MiB of them at a time.
+// registers; the reference is read once per 128 queries, mostly from L2. Scratch: the fp16 copies,
+// twice the reference while they are made, and room for about 10 k survivors a query, 256 MiB of
+// them at a time.
 // Result: exact distances are fp64 sums in one fixed order, rounded once. Survivors are appended in
 // any order, but a k-th smallest does not depend on it: repeatable bit for bit.
-// sm_75 has no bf16 tensor cores: there the same code rounds to fp16.
-#include <cuda_bf16.h>
+// fp16, not bf16: it keeps three bits more, so the band is 8 times as narrow, and every GPU from
+// Volta on multiplies it. Rows with values above 65504 are done by brute force.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <math.h>
@@ -45,7 +45,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int64_t kLargestFastK = 16384;
 
 __device__ int lane() { return threadIdx.x % 32; }
 __device__ int warp() { return threadIdx.x / 32; }
@@ -106,131 +105,45 @@ __device__ Search choose_digit(unsigned* histogram, const Search& search, int sh
 }
 
 // ---- brute force: the k-th smallest distance digit by digit, all distances computed anew for each
-// of the four. `only` (may be null) marks the queries to do.
-__global__ void __launch_bounds__(kThreads)
-    knn_brute_kernel(const float* queries, int64_t n, const float* reference, int64_t m, int64_t d,
-                     int64_t k, const int* only, float* out) {
+// of the four
+__global__ void __launch_bounds__(kThreads) knn_brute_kernel(KnnBatch b) {
   __shared__ unsigned histogram[256];
-  for (int64_t q = blockIdx.x; q < n; q += gridDim.x) {
-    if (only != nullptr && only[q] == 0) continue;
-    clear_histogram(histogram);
-    Search search = {0u, unsigned(k - 1)};
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      for (int64_t row = warp(); row < m; row += kWarps) {
-        const float distance = exact_distance(queries + q * d, reference + row * d, d);
-        // the bits of floats >= 0 sort as the floats do
-        if (lane() == 0) count_key(histogram, __float_as_uint(distance), search, shift);
-      }
-      search = choose_digit(histogram, search, shift);
+  const int64_t q = blockIdx.x;
+  if (b.undecided[q] == 0) return;
+  clear_histogram(histogram);
+  Search search = {0u, unsigned(b.k - 1)};
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int64_t row = warp(); row < b.m; row += kWarps) {
+      const float distance = exact_distance(b.queries + q * b.d, b.reference + row * b.d, b.d);
+      // the bits of floats >= 0 sort as the floats do
+      if (lane() == 0) count_key(histogram, __float_as_uint(distance), search, shift);
     }
-    if (threadIdx.x == 0) out[q] = __uint_as_float(search.prefix);
+    search = choose_digit(histogram, search, shift);
   }
+  if (threadIdx.x == 0) b.out[q] = __uint_as_float(search.prefix);
 }
 
-// ---- the five steps ----
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-typedef __half Narrow;
-__device__ float widen(Narrow value) { return __half2float(value); }
-__device__ Narrow narrow(float value) {
-  return __float2half_rn(fminf(fmaxf(value, -65504.0f), 65504.0f));
-}
-#else
-typedef __nv_bfloat16 Narrow;
-__device__ float widen(Narrow value) { return __bfloat162float(value); }
-__device__ Narrow narrow(float value) { return __float2bfloat16_rn(value); }
-#endif
-
-constexpr int kTile = 128;        // queries and reference rows of a block
-constexpr int kDepth = 32;        // columns of a step
+// ---- filter, bound, refine
+constexpr int kTile = 128;          // queries and reference rows of a block
+constexpr int kDepth = 32;          // columns of a step
 constexpr int kPitch = kDepth + 8;  // of a shared row: 80 bytes, so that eight rows hit all banks
 constexpr int kPatchPitch = 20;
 constexpr int kWarpQueries = 64, kWarpRows = 32;  // a warp's part of the tile: 4 x 2 fragments
 constexpr int64_t kFirstSlab = 16 * kTile, kGrowth = 8;
 
-struct RowNorms {
-  float full, rounded, residual;  // |x|, |x'|, |x - x'|, rounded up
-  float half_square;              // |x|^2 / 2, rounded to nearest
-};
-// Over the reference, as the bits of floats >= 0: integer atomics, so the order is no matter.
-struct Maxima {
-  unsigned rounded, residual, half_square;
-};
 struct Survivor {
-  unsigned row;  // of the reference as packed
+  unsigned row;  // of reference16
   float score;
 };
-
-__device__ double warp_sum(double value) {
-  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(kAllLanes, value, bits);
-  return value;
-}
-__device__ float rounded_up(double value) { return float(value * (1.0 + 1e-6)); }
-
-// What the steps know of each query.
-struct Queries {
-  RowNorms* norms;
-  float* bound;
-  unsigned* counts;  // of its survivors, also of those for which there was no room
-  int* redo;         // 1: undecided
-  Survivor* survivors;  // [capacity] each
-  int64_t capacity;
-};
-
-// A warp per packed row p, which is row (p * stride) mod count; rows and columns beyond the end
-// become zeros. maxima is null for the queries, which are made ready here.
-__global__ void __launch_bounds__(kThreads)
-    knn_pack_kernel(const float* rows, int64_t count, int64_t padded, int64_t d, int64_t padded_d,
-                    int64_t stride, const float* centre, uint16_t* packed, RowNorms* norms,
-                    Maxima* maxima, Queries queries) {
-  const int64_t p = blockIdx.x * int64_t(kWarps) + warp();
-  if (p >= padded) return;
-  const float* row = rows + (p < count ? p * stride % count : 0) * d;
-  double full = 0.0, rounded = 0.0, residual = 0.0;
-  for (int64_t i = lane(); i < padded_d; i += 32) {
-    const double centred = p < count && i < d ? double(row[i]) - double(centre[i]) : 0.0;
-    const Narrow value = narrow(float(centred));
-    const double kept = widen(value), lost = centred - kept;
-    full += centred * centred;
-    rounded += kept * kept;
-    residual += lost * lost;
-    reinterpret_cast<Narrow*>(packed)[p * padded_d + i] = value;
-  }
-  full = warp_sum(full);
-  rounded = warp_sum(rounded);
-  residual = warp_sum(residual);
-  if (lane() != 0) return;
-  norms[p] = {rounded_up(sqrt(full)), rounded_up(sqrt(rounded)), rounded_up(sqrt(residual)),
-              float(full / 2.0)};
-  if (maxima == nullptr) {
-    queries.bound[p] = -INFINITY;
-    queries.counts[p] = 0;
-    queries.redo[p] = 0;
-  } else if (p < count) {
-    atomicMax(&maxima->rounded, __float_as_uint(norms[p].rounded));
-    atomicMax(&maxima->residual, __float_as_uint(norms[p].residual));
-    atomicMax(&maxima->half_square, __float_as_uint(norms[p].half_square));
-  }
-}
-
-// E(x) of the header; infinite where a score could overflow.
-__device__ float band(const RowNorms& x, const Maxima& maxima, int64_t d) {
-  const double rounded = __uint_as_float(maxima.rounded),
-               residual = __uint_as_float(maxima.residual);
-  const double tiny = 7.9e-31;  // 2^-100: in case tensor cores take subnormal numbers for 0
-  const double largest =
-      (x.rounded + tiny) * (rounded + tiny) + __uint_as_float(maxima.half_square) + tiny;
-  if (!(largest < 1e37)) return INFINITY;
-  return rounded_up(x.full * residual + x.residual * rounded + double(d + 8) / 4194304.0 * largest);
+__device__ Survivor* survivors_of(const KnnBatch& b, int64_t q) {
+  return static_cast<Survivor*>(b.survivors) + q * b.capacity;
 }
 
 // A block compares a tile of queries with one of packed reference rows, begin + 128 blockIdx.y on.
 __global__ void __launch_bounds__(kThreads, 2)
-    knn_filter_kernel(const uint16_t* packed_queries, int64_t n, const uint16_t* packed_reference,
-                      int64_t begin, int64_t m, int64_t padded_d, const RowNorms* reference_norms,
-                      Queries queries) {
+    knn_filter_kernel(KnnBatch b, int64_t begin, int64_t end) {
   using namespace nvcuda::wmma;
-  __shared__ __align__(32) Narrow tile_q[kTile * kPitch];
-  __shared__ __align__(32) Narrow tile_r[kTile * kPitch];
+  __shared__ __align__(32) __half tile[2 * kTile * kPitch];  // the queries, then the reference
   __shared__ __align__(32) float patch[kWarps][16 * kPatchPitch];
   const int64_t first_q = blockIdx.x * int64_t(kTile),
                 first_r = begin + blockIdx.y * int64_t(kTile);
@@ -243,37 +156,41 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < 2; ++j) fill_fragment(scores[i][j], 0.0f);
 
   // A row of a step is four pieces of 16 bytes; thread t moves piece t % 4 of rows t / 4 and
-  // t / 4 + 64. The next step's pieces are fetched while this one is multiplied.
+  // t / 4 + 64, beyond the end that of the last row. The next step's pieces are fetched while this
+  // one is multiplied.
   const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
-  const uint16_t* from_q = packed_queries + (first_q + row) * padded_d + column;
-  const uint16_t* from_r = packed_reference + (first_r + row) * padded_d + column;
+  const auto piece = [&](const void* rows, int64_t i, int64_t count) {
+    return static_cast<const __half*>(rows) + (i < count ? i : count - 1) * b.d + column;
+  };
+  const __half* from[4] = {piece(b.queries16, first_q + row, b.n),
+                           piece(b.queries16, first_q + row + 64, b.n),
+                           piece(b.reference16, first_r + row, b.m),
+                           piece(b.reference16, first_r + row + 64, b.m)};
   uint4 next[4];
   const auto fetch = [&] {
-    next[0] = *reinterpret_cast<const uint4*>(from_q);
-    next[1] = *reinterpret_cast<const uint4*>(from_q + kTile / 2 * padded_d);
-    next[2] = *reinterpret_cast<const uint4*>(from_r);
-    next[3] = *reinterpret_cast<const uint4*>(from_r + kTile / 2 * padded_d);
-    from_q += kDepth;
-    from_r += kDepth;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      next[i] = *reinterpret_cast<const uint4*>(from[i]);
+      from[i] += kDepth;
+    }
   };
   fetch();
-  for (int steps = int(padded_d / kDepth); steps > 0; --steps) {
-    *reinterpret_cast<uint4*>(&tile_q[row * kPitch + column]) = next[0];
-    *reinterpret_cast<uint4*>(&tile_q[(row + kTile / 2) * kPitch + column]) = next[1];
-    *reinterpret_cast<uint4*>(&tile_r[row * kPitch + column]) = next[2];
-    *reinterpret_cast<uint4*>(&tile_r[(row + kTile / 2) * kPitch + column]) = next[3];
+  for (int steps = int(b.d / kDepth); steps > 0; --steps) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      *reinterpret_cast<uint4*>(&tile[(row + 64 * i) * kPitch + column]) = next[i];
     __syncthreads();
     if (steps > 1) fetch();
 #pragma unroll
     for (int inner = 0; inner < kDepth; inner += 16) {
-      fragment<matrix_b, 16, 16, 16, Narrow, col_major> right[2];
+      fragment<matrix_b, 16, 16, 16, __half, col_major> right[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        load_matrix_sync(right[j], &tile_r[(warp_r + 16 * j) * kPitch + inner], kPitch);
+        load_matrix_sync(right[j], &tile[(kTile + warp_r + 16 * j) * kPitch + inner], kPitch);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        fragment<matrix_a, 16, 16, 16, Narrow, row_major> left;
-        load_matrix_sync(left, &tile_q[(warp_q + 16 * i) * kPitch + inner], kPitch);
+        fragment<matrix_a, 16, 16, 16, __half, row_major> left;
+        load_matrix_sync(left, &tile[(warp_q + 16 * i) * kPitch + inner], kPitch);
 #pragma unroll
         for (int j = 0; j < 2; ++j) mma_sync(scores[i][j], left, right[j], scores[i][j]);
       }
@@ -285,19 +202,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int64_t r = first_r + warp_r + 16 * j + lane() % 16;
-    const float half_square = r < m ? reference_norms[r].half_square : 0.0f;
+    const float half_square = r < end ? b.half_square[r] : 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       store_matrix_sync(patch[warp()], scores[i][j], kPatchPitch, mem_row_major);
       __syncwarp();
       for (int in_patch = lane() / 16; in_patch < 16; in_patch += 2) {
         const int64_t q = first_q + warp_q + 16 * i + in_patch;
-        if (q >= n || r >= m) continue;
+        if (q >= b.n || r >= end) continue;
         const float score = patch[warp()][in_patch * kPatchPitch + lane() % 16] - half_square;
-        if (score < queries.bound[q]) continue;  // nearly always
-        const unsigned slot = atomicAdd(&queries.counts[q], 1u);
-        if (slot < queries.capacity)
-          queries.survivors[q * queries.capacity + slot] = {unsigned(r), score};
+        if (score < b.bound[q]) continue;  // nearly always
+        const unsigned slot = atomicAdd(&b.counts[q], 1u);
+        if (slot < b.capacity) survivors_of(b, q)[slot] = {unsigned(r), score};
       }
       __syncwarp();
     }
@@ -326,36 +242,32 @@ __device__ float rank_score(const Survivor* survivors, unsigned count, unsigned 
   return key_score(search.prefix);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    knn_bound_kernel(const Maxima* maxima, int64_t d, unsigned rank, Queries queries) {
+__global__ void __launch_bounds__(kThreads) knn_bound_kernel(KnnBatch b, unsigned rank) {
   const int64_t q = blockIdx.x;
-  const unsigned count = queries.counts[q];
+  const unsigned count = b.counts[q];
   // the old bound stays; refine sees a list that ran over
-  if (count < rank || count > queries.capacity) return;
-  const float best = rank_score(queries.survivors + q * queries.capacity, count, rank);
-  if (threadIdx.x == 0)
-    queries.bound[q] = fmaxf(queries.bound[q], best - 2.0f * band(queries.norms[q], *maxima, d));
+  if (count < rank || count > b.capacity) return;
+  const float best = rank_score(survivors_of(b, q), count, rank);
+  if (threadIdx.x == 0) b.bound[q] = fmaxf(b.bound[q], best - 2.0f * b.band[q]);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    knn_refine_kernel(const float* rows, const float* reference, int64_t m, int64_t d, unsigned k,
-                      int64_t stride, const Maxima* maxima, Queries queries, float* out) {
+__global__ void __launch_bounds__(kThreads) knn_refine_kernel(KnnBatch b) {
   __shared__ unsigned histogram[256];
   const int64_t q = blockIdx.x;
-  const unsigned count = queries.counts[q];
-  Survivor* list = queries.survivors + q * queries.capacity;
-  const float e = band(queries.norms[q], *maxima, d);
+  const unsigned count = b.counts[q], k = unsigned(b.k);
+  Survivor* list = survivors_of(b, q);
+  const float e = b.band[q];
   // the same in all threads
-  bool decided = count >= k && count <= queries.capacity && e < INFINITY;
+  bool decided = count >= k && count <= b.capacity && e < INFINITY;
   float low = 0.0f, high = 0.0f;
   if (decided) {
     const float best = rank_score(list, count, k);
     low = best - 2.0f * e;
     high = best + 2.0f * e;
-    decided = low >= queries.bound[q];
+    decided = low >= b.bound[q];
   }
   if (!decided) {
-    if (threadIdx.x == 0) queries.redo[q] = 1;
+    if (threadIdx.x == 0) b.undecided[q] = 1;
     return;
   }
   // Scores become distances: 0 for nearer than the k-th, the largest key for farther, exact for
@@ -367,8 +279,8 @@ __global__ void __launch_bounds__(kThreads)
     unsigned open = __ballot_sync(kAllLanes, mine.score >= low && mine.score <= high);
     for (; open != 0; open &= open - 1) {  // the warp works on one lane's row at a time
       const int owner = __ffs(open) - 1;
-      const int64_t row = __shfl_sync(kAllLanes, mine.row, owner) * stride % m;
-      const float distance = exact_distance(rows + q * d, reference + row * d, d);
+      const int64_t row = __shfl_sync(kAllLanes, mine.row, owner) * b.stride % b.m;
+      const float distance = exact_distance(b.queries + q * b.d, b.reference + row * b.d, b.d);
       if (lane() == owner) key = __float_as_uint(distance);
     }
     if (i < count) list[i].row = key;
@@ -380,17 +292,13 @@ __global__ void __launch_bounds__(kThreads)
       count_key(histogram, list[i].row, search, shift);
     search = choose_digit(histogram, search, shift);
   }
-  if (threadIdx.x == 0) out[q] = __uint_as_float(search.prefix);
+  if (threadIdx.x == 0) b.out[q] = __uint_as_float(search.prefix);
 }
 
 // ---- host ----
 const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-int64_t rounded_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
 }
 
 // Rank of the bound after `seen` of m rows: k where all are seen, else so far out that a fair
@@ -402,121 +310,43 @@ int64_t bound_rank(int64_t k, int64_t m, int64_t seen) {
   return rank < k ? rank : k;
 }
 
-// Sizes, and where things lie in the scratch.
-struct Plan {
-  int64_t padded_m, padded_d, stride, batch, bytes;
-  Maxima* maxima;
-  uint16_t *reference, *packed_queries;
-  RowNorms* reference_norms;
-  Queries queries;
-};
-
-template <class T>
-void place(T*& array, int64_t count, uintptr_t& free) {
-  array = reinterpret_cast<T*>(free);
-  free += uintptr_t(rounded_to(count * int64_t(sizeof(T)), 256));
+// The end of the slab that begins at `seen`.
+int64_t slab_end(int64_t seen, int64_t m) {
+  const int64_t end = seen == 0 ? kFirstSlab : seen * kGrowth;
+  const int64_t most = seen + int64_t(65535) * kTile;  // the grid's limit
+  return end < most ? (end < m ? end : m) : (most < m ? most : m);
 }
 
-int64_t greatest_common_divisor(int64_t a, int64_t b) {
-  return b == 0 ? a : greatest_common_divisor(b, a % b);
-}
-
-Plan make_plan(int64_t n, int64_t m, int64_t d, int64_t k, void* scratch) {
-  Plan plan;
-  plan.padded_m = rounded_to(m, kTile);
-  plan.padded_d = rounded_to(d, kDepth);
-  // golden section: first parts are spread evenly
-  plan.stride = int64_t(double(m) * 0.6180339887) + 1;
-  while (greatest_common_divisor(plan.stride, m) != 1) ++plan.stride;
-  // Room for the first slab whole, and for six times the survivors of the others that an empty band
-  // would give: CLIP-like rows need 1.5 times, tight classes more.
-  double expected = double(kFirstSlab);
-  for (int64_t seen = kFirstSlab; seen < m; seen *= kGrowth) {
-    const int64_t next = seen * kGrowth < m ? seen * kGrowth : m;
-    expected += 6.0 * double(bound_rank(k, m, seen)) * double(next - seen) / double(seen) + 64.0;
-  }
-  const int64_t capacity = expected < double(m) ? int64_t(expected) : m;
-  const int64_t fitting =
-      (int64_t(256) << 20) / (capacity * int64_t(sizeof(Survivor))) / kTile * kTile;
-  plan.batch = rounded_to(n, kTile) < 8192 ? rounded_to(n, kTile) : 8192;
-  if (plan.batch > fitting) plan.batch = fitting > kTile ? fitting : kTile;
-  plan.queries.capacity = capacity;
-  uintptr_t free = reinterpret_cast<uintptr_t>(scratch);
-  place(plan.maxima, 1, free);
-  place(plan.reference, plan.padded_m * plan.padded_d, free);
-  place(plan.reference_norms, plan.padded_m, free);
-  place(plan.packed_queries, plan.batch * plan.padded_d, free);
-  place(plan.queries.norms, plan.batch, free);
-  place(plan.queries.bound, plan.batch, free);
-  place(plan.queries.counts, plan.batch, free);
-  place(plan.queries.redo, plan.batch, free);
-  place(plan.queries.survivors, plan.batch * capacity, free);
-  plan.bytes = int64_t(free - reinterpret_cast<uintptr_t>(scratch));
-  return plan;
-}
-
-unsigned blocks(int64_t items, int64_t per_block) {
-  return unsigned((items + per_block - 1) / per_block);
-}
-
-const char* brute(const float* queries, int64_t n, const float* reference, int64_t m, int64_t d,
-                  int64_t k, const int* only, float* out, cudaStream_t stream) {
-  const unsigned grid = n < (1 << 20) ? unsigned(n) : 1u << 20;
-  knn_brute_kernel<<<grid, kThreads, 0, stream>>>(queries, n, reference, m, d, k, only, out);
-  return launch_error();
-}
-
-// One batch: all slabs of the reference against n queries x.
-const char* search(const Plan& p, const float* x, int64_t n, const float* reference, int64_t m,
-                   int64_t d, int64_t k, const float* centre, float* out, cudaStream_t queue) {
-  const int64_t padded = rounded_to(n, kTile);
-  knn_pack_kernel<<<blocks(padded, kWarps), kThreads, 0, queue>>>(
-      x, n, padded, d, p.padded_d, 1, centre, p.packed_queries, p.queries.norms, nullptr,
-      p.queries);
-  for (int64_t seen = 0, end; seen < m; seen = end) {
-    end = seen == 0 ? kFirstSlab : seen * kGrowth;
-    const int64_t most = seen + int64_t(65535) * kTile;  // the grid's limit
-    if (end > most) end = most;
-    if (end > m) end = m;
-    const dim3 grid(blocks(n, kTile), blocks(end - seen, kTile));
-    knn_filter_kernel<<<grid, kThreads, 0, queue>>>(p.packed_queries, n, p.reference, seen, end,
-                                                    p.padded_d, p.reference_norms, p.queries);
-    if (const char* error = launch_error()) return error;
-    if (end == m) break;
-    knn_bound_kernel<<<unsigned(n), kThreads, 0, queue>>>(
-        p.maxima, d, unsigned(bound_rank(k, m, end)), p.queries);
-  }
-  knn_refine_kernel<<<unsigned(n), kThreads, 0, queue>>>(x, reference, m, d, unsigned(k), p.stride,
-                                                         p.maxima, p.queries, out);
-  if (const char* error = launch_error()) return error;
-  return brute(x, n, reference, m, d, k, p.queries.redo, out, queue);
-}
+unsigned blocks(int64_t items) { return unsigned((items + kTile - 1) / kTile); }
 
 }  // namespace
 
-extern "C" int64_t knn_kth_distance_cuda_scratch(int64_t n, int64_t m, int64_t d, int64_t k) {
-  return n == 0 || k > kLargestFastK ? 0 : make_plan(n, m, d, k, nullptr).bytes;
+// Room for the first slab whole, and for six times the survivors of the others that an empty band
+// would give: CLIP-like rows need 1.5 times, tight classes more.
+extern "C" int64_t knn_kth_distance_cuda_capacity(int64_t m, int64_t k) {
+  double expected = 0.0;
+  for (int64_t seen = 0, end; seen < m; seen = end) {
+    end = slab_end(seen, m);
+    const double part = seen ? double(end - seen) / double(seen) : 0.0;
+    expected += seen ? 6.0 * double(bound_rank(k, m, seen)) * part + 64.0 : double(end);
+  }
+  return expected < double(m) ? int64_t(expected) : m;
 }
 
-extern "C" const char* knn_kth_distance_cuda(const float* queries, int64_t n,
-                                             const float* reference, int64_t m, int64_t d,
-                                             int64_t k, const float* centre, float* out,
-                                             void* scratch, void* stream) {
-  if (m > INT32_MAX) return "knn_kth_distance: more than 2^31 - 1 reference rows";
-  if (n == 0) return nullptr;
+extern "C" const char* knn_kth_distance_cuda(const KnnBatch* batch, void* stream) {
+  const KnnBatch b = *batch;
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  if (k > kLargestFastK) return brute(queries, n, reference, m, d, k, nullptr, out, queue);
-  const Plan p = make_plan(n, m, d, k, scratch);
-  if (cudaMemsetAsync(p.maxima, 0, sizeof(Maxima), queue) != cudaSuccess) return launch_error();
-  knn_pack_kernel<<<blocks(p.padded_m, kWarps), kThreads, 0, queue>>>(
-      reference, m, p.padded_m, d, p.padded_d, p.stride, centre, p.reference, p.reference_norms,
-      p.maxima, p.queries);
-  if (const char* error = launch_error()) return error;
-  for (int64_t done = 0; done < n; done += p.batch) {
-    const int64_t some = n - done < p.batch ? n - done : p.batch;
-    const char* error = search(p, queries + done * d, some, reference, m, d, k, centre, out + done,
-                               queue);
-    if (error) return error;
+  const unsigned n = unsigned(b.n);
+  for (int64_t seen = 0, end; seen < b.m; seen = end) {
+    end = slab_end(seen, b.m);
+    const dim3 grid(blocks(b.n), blocks(end - seen));
+    knn_filter_kernel<<<grid, kThreads, 0, queue>>>(b, seen, end);
+    if (const char* error = launch_error()) return error;
+    const unsigned rank = unsigned(bound_rank(b.k, b.m, end));
+    if (end < b.m) knn_bound_kernel<<<n, kThreads, 0, queue>>>(b, rank);
   }
-  return nullptr;
+  knn_refine_kernel<<<n, kThreads, 0, queue>>>(b);
+  if (const char* error = launch_error()) return error;
+  knn_brute_kernel<<<n, kThreads, 0, queue>>>(b);
+  return launch_error();
 }

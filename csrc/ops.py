@@ -7,27 +7,30 @@ fake tensors and torch.compile know their shapes, autograd sees what they change
 
 import contextlib
 import functools
+import math
 import operator
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 loaded = None  # the Kernels of this process, set by build.load
+LISTS = ("params", "anchors", "grads", "exp_avgs", "exp_avg_sqs")
+MOST_QUERIES = 8192  # of a batch of k-NN on CUDA
 
 
 class Kernels:
     """The compiled kernels. A wrong argument raises ValueError: op, argument, what was got.
 
-    devices: ("cpu",) or ("cpu", "cuda"). levels: the instruction sets that this CPU offers to
-    k-NN, the best first; `level`, the one in use, may be set to another of them. All of them give
-    the same bits.
+    devices: ("cpu",) or ("cpu", "cuda"); knn_devices: those of k-NN, which on a CPU without AVX2 is
+    left to PyTorch. levels: the instruction sets that this CPU offers to k-NN, the best first;
+    `level`, the one in use, may be set to another of them. All of them give the same bits.
     """
 
     def __init__(self, module, cuda=False):
         self.module, self.devices = module, ("cpu", "cuda") if cuda else ("cpu",)
-        self.levels = module.knn_kth_distance_levels().split() if module else ["baseline"]
-        self.level = self.levels[0]
+        self.levels = module.knn_kth_distance_levels().split() if module else []
+        self.level = self.levels[0] if self.levels else None
+        self.knn_devices = self.devices if self.levels else self.devices[1:]
 
     def knn_kth_distance(self, queries, reference, k):
         """VRF Eq. (4), exact distance to the k-th nearest row.  [N, D], [M, D] -> [N] fp32
@@ -37,33 +40,35 @@ class Kernels:
         is looked for, since the answer would have to wait for the device: there a row with NaN
         counts as farthest.
         """
-        op = "knn_kth_distance"
+        op, known = "knn_kth_distance", " or ".join(self.knn_devices) or "a GPU: no AVX2 here"
         for name, tensor in (("queries", queries), ("reference", reference)):
             check(isinstance(tensor, Tensor), op, name, "a tensor", type(tensor).__name__)
             check(tensor.is_floating_point(), op, name, "a float tensor", tensor.dtype)
             check(tensor.layout == torch.strided, op, name, "a dense tensor", tensor.layout)
-            self.check_device(op, name, tensor, queries.device)
             check(tensor.dim() == 2, op, name, "two dimensions", tuple(tensor.shape))
-        d, m, shape = queries.shape[1], len(reference), tuple(reference.shape)
-        check(reference.shape[1] == d > 0, op, "reference", f"[M, {d}], D > 0", shape)
-        check(m > 0, op, "reference", "one row or more", shape)
+            device = tensor.device
+            check(device.type in self.knn_devices, op, name, f"on {known}", device)
+            check(device == queries.device, op, name, f"on {queries.device} like queries", device)
+        d, (m, width) = queries.shape[1], reference.shape
+        check(width == d > 0, op, "reference", f"[M, {d}], D > 0", (m, width))
+        check(0 < m < 2**31, op, "reference", "one row or more, below 2^31", (m, width))
         try:
             number = operator.index(k)
         except TypeError:
             number = 0
         check(1 <= number <= m, op, "k", f"an integer from 1 to {m}", k)
+        check(device.type == "cuda" or self.level in self.levels, op, "level", "known", self.level)
         return knn_op(queries, reference, number)
 
     def spd_step(self, params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps,
                  spd_lambda, conditions=None, sums=None):  # fmt: skip
         """One step of Adam with selective projection (SPD Eqs. 3, 4, 9), in place, on lists.
 
-        All tensors of one call share dtype (fp32; on the CPU also fp64) and device, and each fills
-        its memory (contiguous, or channels_last for all five alike). An anchor of None is the zero
-        anchor. `step` counts from 1. With D = w - anchor and u the Adam step, S1 = sum g D,
-        S2 = sum D^2, S3 = sum u (2 D + u); a tensor is projected where c < 0 and S3 > 0.
-        conditions [tensors], fp64: c of Alg. 2, which adds up, c <- c - S1; None: c = -S1 of this
-        step alone. sums [tensors, 3], fp64, receives S1, S2, S3.
+        All tensors of one call are contiguous and share dtype (fp32; on the CPU also fp64) and
+        device. An anchor of None is the zero anchor. `step` counts from 1. With D = w - anchor and
+        u the Adam step, S1 = sum g D, S2 = sum D^2, S3 = sum u (2 D + u); a tensor is projected
+        where c < 0 and S3 > 0. conditions [tensors], fp64: c of Alg. 2, which adds up,
+        c <- c - S1; None: c = -S1 of this step alone. sums [tensors, 3], fp64, receives S1, S2, S3.
         """
         op, lists = "spd_step", (params, anchors, grads, exp_avgs, exp_avg_sqs)
         for name, column in zip(LISTS, lists, strict=True):
@@ -71,42 +76,20 @@ class Kernels:
         check(step >= 1, op, "step", "1 or more", step)
         if not params:
             return
-        check(isinstance(params[0], Tensor), op, "params", "tensors", type(params[0]).__name__)
+        check(isinstance(params[0], Tensor), op, "params[0]", "a tensor", type(params[0]).__name__)
         device, dtype = params[0].device, params[0].dtype
-        self.check_device(op, "params", params[0], device)
+        check(device.type in self.devices, op, "params", f"on {self.devices}", device)
         known = (torch.float32,) if device.type == "cuda" else (torch.float32, torch.float64)
         check(dtype in known, op, "params", " or ".join(map(str, known)), dtype)
-        for i, param in enumerate(params):  # about 1 us a tensor: a ViT has 760 of them
-            check_dense(op, i, param, dtype, device)
-            shape, stride = param.shape, param.stride()
-            for name, column in zip(LISTS[1:], lists[1:], strict=True):
-                tensor = column[i]
-                if tensor is None and column is anchors:
-                    continue
-                right = isinstance(tensor, Tensor) and tensor.dtype == dtype
-                right = right and tensor.shape == shape and tensor.device == device
-                if not (right and tensor.stride() == stride):
-                    check_like(op, f"{name}[{i}]", tensor, param)
-        for name, tensor, shape in (
-            ("conditions", conditions, (len(params),)),
-            ("sums", sums, (len(params), 3)),
-        ):
+        for name, column in zip(LISTS, lists, strict=True):
+            for i, (tensor, param) in enumerate(zip(column, params, strict=True)):
+                if tensor is not None or name != "anchors":
+                    check_like(f"{name}[{i}]", tensor, dtype, device, param.shape)
+        for name, tensor, width in (("conditions", conditions, ()), ("sums", sums, (3,))):
             if tensor is not None:
-                expected = f"contiguous float64 {shape} on {device}"
-                fits = tensor.is_contiguous() and tuple(tensor.shape) == shape
-                fits = fits and tensor.dtype == torch.float64 and tensor.device == device
-                got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-                check(fits, op, name, expected, got)
+                check_like(name, tensor, torch.float64, device, (len(params), *width))
         with torch.no_grad():
             spd_op(*lists, step, lr, *betas, eps, spd_lambda, conditions, sums)
-
-    def check_device(self, op, name, tensor, device):
-        known = " or ".join(self.devices)
-        check(tensor.device.type in self.devices, op, name, f"on {known}", tensor.device)
-        check(tensor.device == device, op, name, f"on {device} like the first", tensor.device)
-
-
-LISTS = ("params", "anchors", "grads", "exp_avgs", "exp_avg_sqs")
 
 
 def check(right, op, argument, expected, got):
@@ -114,32 +97,17 @@ def check(right, op, argument, expected, got):
         raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
 
 
-def check_dense(op, i, param, dtype, device):
-    if type(param) in (Tensor, torch.nn.Parameter) and param.is_contiguous():  # nearly always
-        if param.dtype == dtype and param.device == device:
+def check_like(argument, tensor, dtype, device, shape):
+    """0.6 us; a ViT has 760 tensors."""
+    if isinstance(tensor, Tensor) and tensor.is_contiguous():
+        if tensor.dtype == dtype and tensor.device == device and tensor.shape == shape:
             return
-    argument = f"params[{i}]"
-    check(isinstance(param, Tensor), op, argument, "a tensor", type(param).__name__)
-    right = param.dtype == dtype and param.device == device
-    got = f"{param.dtype} on {param.device}"
-    check(right, op, argument, f"{dtype} on {device} like the first", got)
-    dense = param.is_contiguous() or param.is_contiguous(memory_format=torch.channels_last)
-    check(dense, op, argument, "contiguous memory", f"strides {param.stride()}")
-
-
-def check_like(op, argument, tensor, param):
-    """`tensor` has dtype and device of `param` and lies in memory as it does."""
-    check(isinstance(tensor, Tensor), op, argument, "a tensor", type(tensor).__name__)
-    right = tensor.dtype == param.dtype and tensor.device == param.device
-    right = right and tensor.shape == param.shape and strides(tensor) == strides(param)
-    says = "{} {} with strides {} on {}".format
-    expected, got = (says(x.dtype, tuple(x.shape), x.stride(), x.device) for x in (param, tensor))
-    check(right, op, argument, expected, got)
-
-
-def strides(tensor):
-    """Those of dimensions larger than 1: the others say nothing."""
-    return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+    got = type(tensor).__name__
+    if isinstance(tensor, Tensor):
+        strides = "" if tensor.is_contiguous() else f"strides {tensor.stride()} "
+        got = f"{tensor.dtype} {tuple(tensor.shape)} {strides}on {tensor.device}"
+    expected = f"a contiguous tensor, {dtype} {tuple(shape)} on {device}"
+    check(False, "spd_step", argument, expected, got)
 
 
 # --- PyTorch's side -------------------------------------------------------------------------------
@@ -147,15 +115,20 @@ def strides(tensor):
 
 @torch.library.custom_op("csrc::knn_kth_distance", mutates_args=())
 def knn_op(queries: Tensor, reference: Tensor, k: int) -> Tensor:
-    queries, reference = queries.float().contiguous(), reference.float().contiguous()
+    queries, reference = padded(queries), padded(reference)
     if queries.is_cuda:
         return knn_kth_distance_cuda(loaded.module, queries, reference, k)
     (n, d), m = queries.shape, len(reference)
     out = torch.empty(n, dtype=torch.float32, device="cpu")
     sizes = queries.data_ptr(), n, reference.data_ptr(), m, d, k
     threads = torch.get_num_threads()
-    stop(loaded.module.knn_kth_distance_cpu(*sizes, loaded.level, threads, out.data_ptr()))
-    return out
+    if loaded.module.knn_kth_distance_cpu(*sizes, loaded.level, threads, out.data_ptr()):
+        return out
+    for name, rows in (("queries", queries), ("reference", reference)):
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        for row in (~(lengths < 4.9e17)).nonzero().flatten().tolist():
+            name, expected = f"{name} row {row}", "finite and shorter than 5e17"
+            check(False, "knn_kth_distance", name, expected, f"length {lengths[row]:.2g}")
 
 
 @knn_op.register_fake
@@ -163,24 +136,15 @@ def knn_fake(queries, reference, k):
     return queries.new_empty(len(queries), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "csrc::spd_step", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "conditions", "sums")
-)
-def spd_op(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    spd_lambda: float,
-    conditions: Tensor | None,
-    sums: Tensor | None,
-) -> None:
+def padded(rows):
+    """In fp32, contiguous, with columns of zeros up to a multiple of 32."""
+    rows = rows.float().contiguous()
+    missing = -rows.shape[1] % 32
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
+def spd_op(params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, spd_lambda,
+           conditions, sums):  # fmt: skip
     tensors, device = table_of((params, anchors, grads, exp_avgs, exp_avg_sqs)), params[0].device
     scalars = step, lr, beta1, beta2, eps, spd_lambda
     if device.type == "cuda":
@@ -194,15 +158,15 @@ def spd_op(
     loaded.module.spd_step_cpu(table.data_ptr(), len(tensors), size, *scalars, threads, *outputs)
 
 
-@spd_op.register_fake
-def spd_fake(*arguments):
-    pass
-
-
-def stop(problem):
-    """What a launcher returned: None, or a sentence."""
-    if problem:
-        raise ValueError(problem)
+spd_op = torch.library.custom_op(
+    "csrc::spd_step",
+    spd_op,
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "conditions", "sums"),
+    schema="(Tensor(a!)[] params, Tensor?[] anchors, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, int step, float lr, float beta1, float beta2, float eps, "
+    "float spd_lambda, Tensor(d!)? conditions, Tensor(e!)? sums) -> ()",
+)
+spd_op.register_fake(lambda *arguments: None)
 
 
 def table_of(lists):
@@ -223,19 +187,47 @@ def launch(launcher, device, *arguments):
     on_gpu = device.type == "cuda"
     with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-        stop(launcher(*arguments, stream))
+        if problem := launcher(*arguments, stream):
+            raise RuntimeError(problem)
+
+
+def narrow(rows, centre):
+    """Rows less the centre in fp16, and, in fp64, |x|, |x'|, |x - x'|: as they are, of the fp16
+    rows, of what the rounding cut off.  [R, D], [D] -> [R, D], three of [R]
+    """
+    norm = functools.partial(torch.linalg.vector_norm, dim=1, dtype=torch.float64)
+    rows = rows - centre
+    rounded, full = rows.half(), norm(rows)
+    return rounded, full, norm(rounded), norm(rows - rounded) + 2**-23 * full  # x - c is rounded
 
 
 def knn_kth_distance_cuda(module, queries, reference, k):
-    """Both arguments fp32 and contiguous.  [N, D], [M, D] -> [N]"""
+    """The batches and the step `pack` of knn_kth_distance.cu.  [N, D], [M, D], padded -> [N]"""
     (n, d), m, device = queries.shape, len(reference), queries.device
-    out = torch.empty(n, dtype=torch.float32, device=device)
+    stride = int(m * 0.6180339887) + 1  # golden section: spreads first parts evenly
+    while math.gcd(stride, m) != 1:
+        stride += 1
+    order = torch.arange(m, dtype=torch.int64, device=device) * stride % m
     centre = reference[:: -(-m // 256)].mean(0)  # of at most 256 rows: makes the band narrow
-    size = module.knn_kth_distance_cuda_scratch(n, m, d, k)
-    scratch = torch.empty(size, dtype=torch.uint8, device=device)
-    sizes = queries.data_ptr(), n, reference.data_ptr(), m, d, k
-    pointers = (x.data_ptr() for x in (centre, out, scratch))
-    launch(module.knn_kth_distance_cuda, device, *sizes, *pointers)
+    rounded, y, y_rounded, y_lost = narrow(reference, centre)
+    rounded, half_square = rounded[order], (y * y / 2).float()[order]
+    out = torch.empty(n, dtype=torch.float32, device=device)
+    if n == 0:
+        return out
+    capacity = module.knn_kth_distance_cuda_capacity(m, k)
+    size = max(1, min(MOST_QUERIES, 2**28 // (8 * capacity)))
+    for part, result in zip(queries.split(size), out.split(size), strict=True):
+        x16, x, x_rounded, x_lost = narrow(part, centre)
+        largest = x_rounded * y_rounded.max() + (y * y).max() / 2
+        band = x * y_lost.max() + x_lost * y_rounded.max() + (d + 16) * 2**-22 * largest
+        band = (1.000001 * band).float()  # E(x)
+        bound = torch.full_like(band, -math.inf)
+        counts, undecided = torch.zeros(2, len(part), dtype=torch.int32, device=device)
+        survivors = torch.empty(len(part), capacity, dtype=torch.int64, device=device)
+        arrays = part, reference, x16, rounded, half_square, band, bound, counts, undecided
+        pointers = [array.data_ptr() for array in (*arrays, survivors, result)]
+        batch = torch.tensor([*pointers, len(part), m, d, k, stride, capacity], device="cpu")
+        launch(module.knn_kth_distance_cuda, device, batch.data_ptr())
     return out
 
 

@@ -11,7 +11,7 @@
 // takes about 20 us.
 template <class Work>
 void parallel(int threads, int64_t count, const Work& work) {
-  std::atomic<int64_t> next = 0;
+  std::atomic<int64_t> next{0};
   const auto take = [&] {
     for (int64_t i; (i = next++) < count;) work(i);
   };

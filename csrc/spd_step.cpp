@@ -12,31 +12,31 @@
 //
 // Fused: the three sums are taken in the Adam pass, while g, w, w0 are in registers: 32 bytes per
 // fp32 parameter (28 with the zero anchor) where a loop of torch operations moves 132. f needs the
-// whole tensor, so projected tensors are visited twice. Tensors are therefore worked through in
-// groups that fit the cache; the second visit of a group comes at once, last chunk first, and
-// finds w~ and w0 there if the cache is large and near enough (else +12 bytes).
+// whole tensor, so a projected tensor is visited twice: at once, last chunk first, by the thread
+// that has finished its sums. It finds w~ and w0 in the cache if that is large enough (else +12
+// bytes). No thread waits for another.
 // Sums: in the parameters' type over blocks of 128 elements, 8 to a running sum, then in fp64:
 // off by 2^-20 of the sum of the terms' sizes at most. Chunks are added in order: the same bits for
 // any number of threads and any instruction set.
-#include "kernels.h"
-#include "parallel.h"
-
-#include <barrier>
 #include <cmath>
 #include <cstring>
+
+#include "kernels.h"
+#include "parallel.h"
 
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(NO_CLONES)
+#ifndef CLONES
+#if defined(__x86_64__) && defined(__GLIBC__)
 // Compiled for both, the loader takes one. AVX-512 would bring nothing: memory is the limit.
 #define CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONES
 #endif
+#endif
 
-constexpr int64_t kChunk = 8192;     // elements a thread takes at a time: five arrays of 32 KiB
-constexpr int64_t kGroup = 1 << 19;  // elements whose w~ and w0 (4 MiB in fp32) stay cached
+constexpr int64_t kChunk = 32768;  // elements a thread takes at a time: five arrays of 128 KiB
 constexpr int kLanes = 16;
 constexpr int64_t kBlock = 8 * kLanes;  // elements summed before fp64
 constexpr int64_t kAhead = 256;         // elements fetched ahead: a seventh less time on a Xeon
@@ -58,12 +58,12 @@ struct Chunk {
   int64_t size, tensor;
 };
 
-// Adam on kLanes elements, whose terms of the three sums go to a lane each: the loop is what the
+// Adam on a few elements, whose terms of the three sums go to a lane each: the loop is what the
 // compiler makes vectors of.
 template <class T, bool anchored>
 INLINE void adam(T* __restrict w, const T* __restrict w0, const T* __restrict g, T* __restrict m,
-                 T* __restrict v, const Scalars<T>& s, T (&sums)[3][kLanes]) {
-  for (int l = 0; l < kLanes; ++l) {
+                 T* __restrict v, int lanes, const Scalars<T>& s, T (&sums)[3][kLanes]) {
+  for (int l = 0; l < lanes; ++l) {
     const T before = w[l], distance = anchored ? before - w0[l] : before;
     m[l] += s.one_minus_beta1 * (g[l] - m[l]);
     v[l] = v[l] * s.beta2 + s.one_minus_beta2 * g[l] * g[l];
@@ -85,17 +85,11 @@ INLINE Sums adam_chunk(const Chunk<T>& c, const Scalars<T>& s) {
     for (; i + kLanes <= end; i += kLanes) {
       for (const T* array : {(const T*)c.w, c.w0, c.g, (const T*)c.m, (const T*)c.v})
         __builtin_prefetch(array + i + kAhead);
-      adam<T, anchored>(c.w + i, c.w0 + i, c.g + i, c.m + i, c.v + i, s, sums);
+      adam<T, anchored>(c.w + i, c.w0 + i, c.g + i, c.m + i, c.v + i, kLanes, s, sums);
     }
-    if (i < end) {  // the tail, filled up with elements that stay at 0
-      T x[5][kLanes] = {}, *from[5] = {c.w, (T*)c.w0, (T*)c.g, c.m, c.v};
-      for (T& v : x[4]) v = 1;
-      for (int j = 0; j < 5; ++j)
-        if (from[j]) std::memcpy(x[j], from[j] + i, (end - i) * sizeof(T));
-      adam<T, anchored>(x[0], x[1], x[2], x[3], x[4], s, sums);
-      for (int j : {0, 3, 4}) std::memcpy(from[j] + i, x[j], (end - i) * sizeof(T));
-      i = end;
-    }
+    if (i < end)  // the tail
+      adam<T, anchored>(c.w + i, c.w0 + i, c.g + i, c.m + i, c.v + i, int(end - i), s, sums);
+    i = end;
     for (int j = 0; j < 3; ++j)
       for (int l = 0; l < kLanes; ++l) totals[j][l] += sums[j][l];
   }
@@ -133,45 +127,32 @@ template <class T>
 void step_all(const SpdTensor* tensors, int64_t count, const Scalars<T>& scalars, double spd_lambda,
               int threads, double* conditions, double* sums) {
   std::vector<Chunk<T>> chunks;
-  std::vector<int64_t> groups = {0};  // where each begins in `chunks`, and the end
-  for (int64_t t = 0, elements = 0; t < count; ++t) {
+  std::vector<int64_t> first = {0};  // where each tensor begins in `chunks`, and the end
+  for (int64_t t = 0; t < count; ++t) {
     const SpdTensor& x = tensors[t];
-    if (elements && elements + x.size > kGroup) groups.push_back(chunks.size()), elements = 0;
-    elements += x.size;
     for (int64_t i = 0; i < x.size; i += kChunk)
       chunks.push_back({(T*)x.param + i, x.anchor ? (const T*)x.anchor + i : nullptr,
                         (const T*)x.grad + i, (T*)x.exp_avg + i, (T*)x.exp_avg_sq + i,
                         std::min(kChunk, x.size - i), t});
+    first.push_back(chunks.size());
   }
-  groups.push_back(chunks.size());
-  std::vector<Sums> parts(chunks.size()), totals(count);
-  std::vector<T> f(count, T(1));
-  threads = int(std::clamp<int64_t>(chunks.size() / 8, 1, std::max(threads, 1)));
-  size_t group = 0;  // at work
-
-  std::barrier between_visits(threads, [&]() noexcept {  // by one thread, the others wait
-    for (int64_t i = groups[group]; i < groups[group + 1]; ++i) {
-      const int64_t t = chunks[i].tensor;
-      totals[t].gd += parts[i].gd, totals[t].dd += parts[i].dd, totals[t].uu += parts[i].uu;
-      if (i + 1 < groups[group + 1] && chunks[i + 1].tensor == t) continue;
-      const double c = (conditions ? conditions[t] : 0) - totals[t].gd;
-      f[t] = T(factor(totals[t], c, spd_lambda));
-      if (conditions) conditions[t] = c;
-    }
-    ++group;
+  std::vector<Sums> parts(chunks.size());
+  std::vector<std::atomic<int64_t>> done(count);  // chunks of each tensor
+  if (sums) std::fill_n(sums, 3 * count, 0.0);    // those of a tensor without elements
+  threads = int(std::min<int64_t>(threads, chunks.size() / 2));
+  parallel(threads, chunks.size(), [&](int64_t chunk) {
+    const int64_t t = chunks[chunk].tensor;
+    parts[chunk] = pass_a(chunks[chunk], scalars);
+    if (++done[t] < first[t + 1] - first[t]) return;
+    Sums total;  // all chunks of the tensor are done, this one was the last
+    for (int64_t i = first[t]; i < first[t + 1]; ++i)
+      total.gd += parts[i].gd, total.dd += parts[i].dd, total.uu += parts[i].uu;
+    if (sums) std::memcpy(sums + 3 * t, &total, sizeof total);
+    const double c = (conditions ? conditions[t] : 0) - total.gd;
+    if (conditions) conditions[t] = c;
+    const T f = T(factor(total, c, spd_lambda));
+    for (int64_t i = first[t + 1] - 1; f != 1 && i >= first[t]; --i) pass_c(chunks[i], f);
   });
-  parallel(threads, threads, [&](int64_t thread) {
-    for (size_t g = 0; g + 1 < groups.size(); ++g) {
-      const int64_t size = groups[g + 1] - groups[g];  // this thread's chunks, in both visits:
-      const int64_t begin = groups[g] + size * thread / threads;
-      const int64_t end = groups[g] + size * (thread + 1) / threads;
-      for (int64_t i = begin; i < end; ++i) parts[i] = pass_a(chunks[i], scalars);
-      between_visits.arrive_and_wait();
-      for (int64_t i = end - 1; i >= begin; --i)  // last chunk first: it is still in the cache
-        if (f[chunks[i].tensor] != 1) pass_c(chunks[i], f[chunks[i].tensor]);
-    }
-  });
-  if (sums) std::memcpy(sums, totals.data(), count * sizeof(Sums));
 }
 
 }  // namespace

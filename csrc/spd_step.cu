@@ -35,6 +35,9 @@ struct Adam {  // what all tensors share, rounded to fp32 as PyTorch does
 
 struct Sums {
   double gd, dd, uu;  // S1, S2, S3
+  __device__ void operator+=(const Sums& other) {
+    gd += other.gd, dd += other.dd, uu += other.uu;
+  }
 };
 
 // Adds over the block in a fixed order. Thread 0 gets the sums, the others something else.
@@ -47,13 +50,7 @@ __device__ Sums block_sum(Sums sums) {
   }
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sums;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kThreads / 32; ++warp) {
-      sums.gd += of_warp[warp].gd;
-      sums.dd += of_warp[warp].dd;
-      sums.uu += of_warp[warp].uu;
-    }
-  }
+  for (int warp = 1; threadIdx.x == 0 && warp < kThreads / 32; ++warp) sums += of_warp[warp];
   return sums;
 }
 
@@ -95,19 +92,15 @@ __device__ void store(float* to, const float (&from)[kVector], int count, bool a
   }
 }
 
-__device__ int count_from(int64_t i, int64_t end) {
-  return end - i < kVector ? int(end - i) : kVector;
-}
-
 // ---- pass A
 __global__ void __launch_bounds__(kThreads)
     spd_adam_kernel(const SpdTensor* tensors, const int32_t* chunk_tensor, Adam adam,
-                    double* partial) {
+                    Sums* partial) {
   const int64_t chunk = blockIdx.x;
   const Chunk t = chunk_of(tensors[chunk_tensor[chunk]], chunk);
   Sums sums = {0.0, 0.0, 0.0};
   for (int64_t i = t.begin + kVector * threadIdx.x; i < t.end; i += kVector * kThreads) {
-    const int count = count_from(i, t.end);
+    const int count = t.end - i < kVector ? int(t.end - i) : kVector;
     float w[kVector], w0[kVector] = {0.0f, 0.0f, 0.0f, 0.0f}, g[kVector], m[kVector], v[kVector];
     load(w, t.param + i, count, t.aligned);
     load(g, t.grad + i, count, t.aligned);
@@ -127,34 +120,25 @@ __global__ void __launch_bounds__(kThreads)
       dd += distance * distance;
       uu += moved * (2.0f * distance + moved);
     }
-    sums.gd += gd;
-    sums.dd += dd;
-    sums.uu += uu;
+    sums += {gd, dd, uu};
     store(t.param + i, w, count, t.aligned);
     store(t.exp_avg + i, m, count, t.aligned);
     store(t.exp_avg_sq + i, v, count, t.aligned);
   }
   sums = block_sum(sums);
-  if (threadIdx.x == 0) {
-    partial[3 * chunk + 0] = sums.gd;
-    partial[3 * chunk + 1] = sums.dd;
-    partial[3 * chunk + 2] = sums.uu;
-  }
+  if (threadIdx.x == 0) partial[chunk] = sums;
 }
 
 // ---- pass B
 __global__ void __launch_bounds__(kThreads)
-    spd_factor_kernel(const SpdTensor* tensors, const double* partial, double spd_lambda,
+    spd_factor_kernel(const SpdTensor* tensors, const Sums* partial, double spd_lambda,
                       double* conditions, double* report) {
   const int64_t tensor = blockIdx.x;
   const SpdTensor t = tensors[tensor];
   const int64_t end = t.first_chunk + (t.size + SPD_CHUNK - 1) / SPD_CHUNK;
   Sums sums = {0.0, 0.0, 0.0};
-  for (int64_t chunk = t.first_chunk + threadIdx.x; chunk < end; chunk += kThreads) {
-    sums.gd += partial[3 * chunk + 0];
-    sums.dd += partial[3 * chunk + 1];
-    sums.uu += partial[3 * chunk + 2];
-  }
+  for (int64_t chunk = t.first_chunk + threadIdx.x; chunk < end; chunk += kThreads)
+    sums += partial[chunk];
   sums = block_sum(sums);
   if (threadIdx.x != 0) return;
   const double c = (conditions != nullptr ? conditions[tensor] : 0.0) - sums.gd;
@@ -181,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   if (f == 1.0f) return;
   const Chunk t = chunk_of(tensors[tensor], chunk);
   for (int64_t i = t.begin + kVector * threadIdx.x; i < t.end; i += kVector * kThreads) {
-    const int count = count_from(i, t.end);
+    const int count = t.end - i < kVector ? int(t.end - i) : kVector;
     float w[kVector], w0[kVector] = {0.0f, 0.0f, 0.0f, 0.0f};
     load(w, t.param + i, count, t.aligned);
     if (t.anchor != nullptr) load(w0, t.anchor + i, count, t.aligned);
@@ -207,14 +191,15 @@ extern "C" const char* spd_step_cuda(const SpdTensor* tensors, int64_t count,
   if (count > INT32_MAX || chunks > INT32_MAX)
     return "spd_step: more than 2^31 - 1 tensors or chunks in one call";
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  Sums* sums = reinterpret_cast<Sums*>(partial);
   const double bias1 = 1.0 - pow(beta1, double(step)), bias2 = 1.0 - pow(beta2, double(step));
   const Adam adam = {float(1.0 - beta1), float(beta2),       float(1.0 - beta2),
                      float(lr / bias1),  float(sqrt(bias2)), float(eps)};
   if (chunks > 0) {
-    spd_adam_kernel<<<unsigned(chunks), kThreads, 0, queue>>>(tensors, chunk_tensor, adam, partial);
+    spd_adam_kernel<<<unsigned(chunks), kThreads, 0, queue>>>(tensors, chunk_tensor, adam, sums);
     if (const char* error = launch_error()) return error;
   }
-  spd_factor_kernel<<<unsigned(count), kThreads, 0, queue>>>(tensors, partial, spd_lambda,
+  spd_factor_kernel<<<unsigned(count), kThreads, 0, queue>>>(tensors, sums, spd_lambda,
                                                              conditions, report);
   if (const char* error = launch_error()) return error;
   if (chunks > 0)

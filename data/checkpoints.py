@@ -4,26 +4,21 @@
 `load_matching`; the rest serves these. What a file is, its first bytes say, and never its suffix.
 """
 
-import collections
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
-import types
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data import pickles
 from data.trees import InputError, did_you_mean, listed
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz")
 NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # Trainer's others
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch before 1.6
 # First parts of the names that an open_clip or OpenAI model has; anything else is somebody's own.
 CLIP_PARTS = frozenset(
     """visual text transformer token_embedding positional_embedding ln_final text_projection
@@ -203,7 +198,9 @@ def read_file(path, trust):
             with np.load(path, allow_pickle=False) as arrays:
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}, {}
     if start.startswith((b"PK", b"\x80")):
-        return read_pickle(path, is_zip=start.startswith(b"PK"))
+        raw, names = pickles.read(path)
+        gelus = [name for name in names if name.endswith("GELU")]
+        return raw, {"quick_gelu": any("Quick" in name for name in gelus)} if gelus else {}
     if start[8:9] == b"{":
         from safetensors.torch import load_file
 
@@ -224,84 +221,6 @@ def read_torchscript(path, trust):
         cure = "if you trust its author like a program's, pass --trust-checkpoint"
         raise InputError(f"{path} is TorchScript, and none of OpenAI's files; refused; {cure}")
     return dict(torch.jit.load(path, map_location="cpu").state_dict())
-
-
-# --- pickles that run nothing ---
-
-
-class Opaque(dict):
-    """Stands in for every foreign class and function: keeps items and attributes, runs nothing."""
-
-    dump_patches = False  # old torch.load asks a module's class for it
-    __hash__ = object.__hash__
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def append(self, item):
-        pass
-
-    add = append
-
-
-class Unpickler(pickle._Unpickler):
-    """Python's own unpickler, in which a pickle can set attributes of an `Opaque` and of nothing
-    else. The one in C is faster and cannot be told that.
-    """
-
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def load_build(self):
-        state, target = self.stack.pop(), self.stack[-1]
-        for part in state if isinstance(state, tuple) else (state,):
-            if isinstance(target, Opaque) and isinstance(part, dict):
-                vars(target).update(part)
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-def rebuild_tensor(storage, offset, size, stride, *rest):
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-
-def storage_from_bytes(data):
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-ALLOWED = {  # what pickled tensors ask for, and what they get; all else is an Opaque
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch.storage", "_load_from_bytes"): storage_from_bytes,
-    ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *rest: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, args, state: rebuild(*args),
-}
-
-
-def read_pickle(path, is_zip):
-    """What torch.save or pickle.dump wrote, with an Opaque for all that is no tensor or dict, and
-    the activation by the name of its class. No foreign code is imported or run.
-    """
-    seen = set()
-
-    class Reader(Unpickler):
-        def find_class(self, module, name):
-            seen.add(name)
-            return ALLOWED.get((module, name)) or type(name, (Opaque,), {})
-
-    def load(file, **options):
-        return Reader(file, **options).load()
-
-    reader = types.SimpleNamespace(__name__="restricted", Unpickler=Reader, load=load)
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that classes' source cannot be compared
-        raw = TORCH_MAGIC if is_zip else load(file)
-        if isinstance(raw, int) and raw == TORCH_MAGIC:
-            file.seek(0)
-            raw = torch.load(file, map_location="cpu", weights_only=False, pickle_module=reader)
-    gelus = [name for name in seen if name.endswith("GELU")]
-    return raw, {"quick_gelu": any("Quick" in name for name in gelus)} if gelus else {}
 
 
 # --- names ---

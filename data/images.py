@@ -14,15 +14,14 @@ from data.trees import InputError
 
 
 class Images(torch.utils.data.Dataset):
-    """(image, label, index) of a Split. An unreadable file is an InputError, or with `skip_bad` a
-    black image with the label -1, which `fine_tune` and `forward` leave out.
+    """(image, label, index) of a Split. Raises InputError for a file that cannot be read.
 
     An item is (index, seed): the transform draws from torch's generator under that seed. Where the
     seed is None it is a black image with label and index -1, for a process without part of a batch.
     """
 
-    def __init__(self, split, transform, skip_bad=False):
-        self.split, self.transform, self.skip_bad = split, transform, skip_bad
+    def __init__(self, split, transform):
+        self.split, self.transform = split, transform
 
     def __len__(self):
         return len(self.split.images)
@@ -31,27 +30,42 @@ class Images(torch.utils.data.Dataset):
         from PIL import Image
 
         index, seed = item
-        image = None if seed is None else self.read(index)
-        label = -1 if image is None else int(self.split.labels[index])
-        image = image or Image.new("RGB", (64, 64))
+        image = Image.new("RGB", (64, 64)) if seed is None else self.read(index)
         if border := self.split.border:
             image = image.crop((border, border, image.width - border, image.height - border))
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed or 0)  # torch.manual_seed also seeds GPUs: 0.3 ms
         image = self.transform(image)
         torch.set_rng_state(state)
-        return image, label, -1 if seed is None else index
+        return (image, -1, -1) if seed is None else (image, int(self.split.labels[index]), index)
 
     def read(self, index):
-        """The image as PIL RGB; None if it cannot be read and may be left out."""
+        """The image as PIL RGB. Raises InputError."""
         source = self.split.images[index]
         try:
             return read_rgb(source)
         except Exception as error:  # PIL has a dozen types for damaged files
-            if self.skip_bad:
-                return None
             cure = "Restore the file, or leave such files out with --skip-bad-images."
             raise InputError(f"{source} cannot be read as an image: {error}. {cure}") from error
+
+
+def unreadable(paths):
+    """Indices of the files that cannot be decoded, by decoding all on all cores."""
+    from multiprocessing.pool import ThreadPool  # PIL decodes without the interpreter's lock
+
+    from tqdm import tqdm
+
+    def fails(path):
+        try:
+            read_rgb(path)
+        except Exception:  # PIL has a dozen types for damaged files
+            return True
+        return False
+
+    with ThreadPool() as pool:
+        found = pool.imap(fails, paths, chunksize=64)
+        bar = tqdm(found, "reading all images", len(paths), delay=2, leave=False)
+        return [i for i, bad in enumerate(bar) if bad]
 
 
 def read_rgb(source):
@@ -69,7 +83,7 @@ def read_rgb(source):
 
 def load_images(split, transform, order, config, device):
     """Yield (images [B, 3, H, W] on the device, labels [B], index [B]) for every list of
-    (index, seed) in `order`. An image that cannot be read has the label -1 and is named at the end.
+    (index, seed) in `order`.
 
     `transform` ends in ToTensor and Normalize: these run here, on the device and for the batch,
     with the same result; until then pixels are bytes, a quarter of fp32. Raises InputError.
@@ -79,17 +93,15 @@ def load_images(split, transform, order, config, device):
     *shape, _, normalise = transform.transforms
     workers = worker_count(split, device) if config.workers < 0 else config.workers
     batches = torch.utils.data.DataLoader(
-        Images(split, t.Compose([*shape, t.PILToTensor()]), config.skip_bad_images),
+        Images(split, t.Compose([*shape, t.PILToTensor()])),
         batch_sampler=order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws from the generator that dropout uses
         multiprocessing_context=worker_context() if workers else None,
     )
-    known = set(split.unreadable)
     try:
         for pixels, labels, index in batches:
-            leave_out(split, index[(labels < 0) & (index >= 0)].tolist())
             pixels = pixels.to(device, non_blocking=True).float()
             yield normalise(pixels.div_(255)), labels, index
     except InputError as error:  # a worker process wraps the sentence in its traceback
@@ -98,22 +110,8 @@ def load_images(split, transform, order, config, device):
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         cure = "out of memory? The same command continues; fewer --workers need less"
+        cure += ". A script of your own must call main under `if __name__ == '__main__':`"
         raise InputError(f"a worker process died ({str(error)[:120]}); {cure}") from error
-    finally:  # of a training also when it is interrupted
-        if new := sorted(split.unreadable - known):
-            files = ", ".join(str(split.images[i]) for i in new[:10]) + ", ..." * (len(new) > 10)
-            n = f"{len(split.unreadable):,} of {len(split.images):,}"
-            print(f"{split.name}: {n} images are unreadable and were left out: {files}")
-
-
-def leave_out(split, indices):
-    """Note unreadable images. Raises InputError if a class of the training set has no others."""
-    split.unreadable.update(indices)
-    for label in split.labels[indices].unique() if split.name == "train" else ():
-        of_class = (split.labels == label).nonzero()[:, 0].tolist()
-        if split.unreadable.issuperset(of_class):
-            folder = os.path.dirname(str(split.images[of_class[0]]))
-            raise InputError(f"{folder}: no image of this class can be read; restore them")
 
 
 def worker_count(split, device):

@@ -1,20 +1,20 @@
 """Testbeds: how many of the test images, at home (ID) and under shift, each of many models gets
 right. Effective robustness is measured against them.
 
-`data/testbeds/` holds four (sources and licences: data/README.md). Of published models there are
+`data/testbeds/` holds five (sources and licences: its README.md). Of published models there are
 counts, so that the effective robustness of real models needs no image and no download:
 
     cifar10       30 models of Recht et al. 2018: CIFAR-10, CIFAR-10.1 v4 and v6
     imagenet      66 models of Recht et al. 2019: ImageNet val, three variants of ImageNetV2
     imagenet2020  85 models of Taori et al. 2020 trained on ImageNet alone; beside them, never in a
                   baseline, CLIP zero-shot, BiT and checkpoints of trainings from scratch
+    modern        957 models of timm trained on ImageNet-1k alone; beside them zero-shot models,
+                  fine-tuned ones, and rows of two papers (made by lab/er_extract.py)
     digits        40 networks of lab/digits_testbed.py on the embedded digits, image by image
-
-`read` takes the public files that these came from as well: the 2020 table (`robustness_top1s.csv`,
-in percent) and per-example tables (.npz: `models`; of each set packed bits, and `<set>/n`).
 """
 
 import csv
+import dataclasses
 import math
 import zipfile
 import zlib
@@ -27,27 +27,27 @@ from scipy.special import logit
 from data.trees import InputError
 
 FOLDER = Path(__file__).resolve().parent / "testbeds"
-PUBLISHED = ("cifar10", "imagenet", "imagenet2020")
+PUBLISHED = ("cifar10", "imagenet", "imagenet2020", "modern")
+HOME = "imagenet-val"  # ImageNet's 50,000 validation images, all 1000 classes
 ID_OF = {  # a shift with part of the classes goes with ID images of the same classes
     "cifar10.1-v4": "cifar10",
     "cifar10.1-v6": "cifar10",
-    "imagenetv2-matched-frequency": "imagenet-val",
-    "imagenetv2-threshold-0.7": "imagenet-val",
-    "imagenetv2-top-images": "imagenet-val",
+    "imagenetv2-matched-frequency": HOME,
+    "imagenetv2-threshold-0.7": HOME,
+    "imagenetv2-top-images": HOME,
+    "imagenet-sketch": HOME,
     "imagenetv2-matched-frequency-format-val": "val",
     "objectnet-1.0-beta": "val-on-objectnet-classes",
     "imagenet-r": "val-on-imagenet-r-classes",
-}
-BROKEN = {  # 28.3 % on ImageNet val, 2.5 to 3.2 % on every V2 set
-    "fv_16k": "its public ImageNetV2 predictions do not fit its ImageNet ones"
+    "imagenet-a": "val-on-imagenet-a-classes",
 }
 
 
 @dataclass
 class Testbed:
     """k[set]: [M], how many of the n[set] images each model gets right, nan where it was not tried.
-    right[set]: bool [M, N], which ones, if that is known. `studied`: models that no baseline may
-    contain.
+    right[set]: bool [M, N], which ones, if that is known. studied: {model: its role}, of the models
+    that no baseline may contain.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Testbed:
     k: dict
     id_of: dict  # shift -> its ID set
     right: dict = field(default_factory=dict)
-    studied: tuple = ()
+    studied: dict = field(default_factory=dict)
 
     def accuracy(self, name):
         """[M], nan where not evaluated."""
@@ -70,25 +70,23 @@ def known_by_image(name, models, right, id_of, studied=()):
     """Testbed from {set: bool [M, N]}."""
     k = {s: r.sum(1).astype(float) for s, r in right.items()}
     n = {s: r.shape[1] for s, r in right.items()}
-    return Testbed(name, list(models), n, k, id_of, right, tuple(studied))
+    return Testbed(name, list(models), n, k, id_of, right, dict.fromkeys(studied, "studied"))
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def read(path):
-    """Testbed of data/testbeds by its name, or of a file: .npz, the 2020 table, or one of `write`.
-    Raises InputError by line and column.
+    """Testbed of data/testbeds by its name, or of a file in the form of `write`. Raises InputError
+    by line and column.
     """
     embedded = {name: FOLDER / f"{name}.csv" for name in PUBLISHED}
     embedded["digits"] = FOLDER / "digits.npz"
     path = Path(embedded.get(str(path), path)).expanduser()
     if not path.is_file() or path.suffix not in (".csv", ".npz"):
         known = ", ".join(embedded)
-        raise InputError(f"--testbed {path}: expected all, {known}, or a file, .csv or .npz")
-    if path.suffix == ".npz":
-        return read_bits(path)
-    return read_counts(path) if "role" in lines_of(path)[0][1] else read_percent(path)
+        raise InputError(f"testbed {path}: expected {known}, or a file, .csv or .npz")
+    return read_bits(path) if path.suffix == ".npz" else read_counts(path)
 
 
 def read_counts(path):
@@ -103,26 +101,12 @@ def read_counts(path):
     columns |= {f"{s}:{images}": up_to(images, whole) for s, images in n.items()}
     rows = [row for _, row in read_csv(path, columns, unique=["model"])]
     k = {s: np.array([row[f"{s}:{n[s]}"] for row in rows]) for s in n}
-    studied = tuple(row["model"] for row in rows if row["role"] == "studied")
+    studied = {row["model"]: row["role"] for row in rows if row["role"] != "testbed"}
     return Testbed(path.stem, [row["model"] for row in rows], n, k, pairs(n), {}, studied)
 
 
-def read_percent(path):
-    """The 2020 table: percent per setting. Its models and their roles are those of imagenet2020."""
-    known = read("imagenet2020")
-    columns = {"model": str} | dict.fromkeys(known.n, up_to(100, number))
-    rows = {row["model"]: row for _, row in read_csv(path, columns, unique=["model"])}
-    k = {}
-    for s, n in known.n.items():
-        found = np.array([rows[m][s] for m in known.models])
-        if np.nanmax(found) <= 1:
-            raise InputError(f"{path}, column {s}: nothing is above 1 %; shares, not percent?")
-        k[s] = np.round(found * n / 100)
-    return Testbed(path.stem, known.models, known.n, k, known.id_of, {}, known.studied)
-
-
 def read_bits(path):
-    """Per-example correctness. Models known to be broken are left out, with a sentence."""
+    """Per-example correctness: `models`, of each set packed bits, and `<set>/n`."""
     try:
         with np.load(path, allow_pickle=False) as z:
             names = [str(model) for model in z["models"]]
@@ -132,11 +116,7 @@ def read_bits(path):
             right = {s: np.unpackbits(z[s], axis=1, count=n) == 1 for s, n in sizes.items()}
     except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no per-example testbed ({error})") from error
-    for model in set(names) & set(BROKEN):
-        print(f"{path}: {model} is left out: {BROKEN[model]}")
-    kept = [i for i, model in enumerate(names) if model not in BROKEN]
-    right = {s: r[kept] for s, r in right.items()}
-    return known_by_image(title, [names[i] for i in kept], right, pairs(right), studied)
+    return known_by_image(title, names, right, pairs(right), studied)
 
 
 def pairs(sets):
@@ -152,7 +132,7 @@ def write(testbed, path):
         packed = {s: np.packbits(right, axis=1) for s, right in testbed.right.items()}
         sizes = {f"{s}/n": n for s, n in testbed.n.items()}
         with open(path, "wb") as file:
-            names = {"models": testbed.models, "studied": np.array(testbed.studied, str)}
+            names = {"models": testbed.models, "studied": np.array([*testbed.studied], str)}
             np.savez_compressed(file, name=testbed.name, **names, **packed, **sizes)
         return
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -160,8 +140,7 @@ def write(testbed, path):
         out.writerow(["model", "role", *(f"{s}:{n}" for s, n in testbed.n.items())])
         for i, model in enumerate(testbed.models):
             counts = ("" if np.isnan(k[i]) else int(k[i]) for k in testbed.k.values())
-            role = "studied" if model in testbed.studied else "testbed"
-            out.writerow([model, role, *counts])
+            out.writerow([model, testbed.studied.get(model, "testbed"), *counts])
 
 
 # --- CSV by a schema: a wrong number is refused where it stands, instead of computed with ---------
@@ -211,6 +190,24 @@ def read_csv(path, columns, unique):
         seen[key] = line
         rows.append((line, row))
     return rows
+
+
+def read_rows(path, kind, unique):
+    """[instance of the dataclass `kind`] of a file of `write_rows`; an empty cell may be None."""
+    parsers = {str: str, int: whole, float: number}
+    parsers |= {
+        p | None: lambda cell, p=parsers[p]: p(cell) if cell else None for p in (int, float)
+    }
+    columns = {f.name: parsers[f.type] for f in dataclasses.fields(kind)}
+    return [kind(**row) for _, row in read_csv(path, columns, unique)]
+
+
+def write_rows(rows, path):
+    """Instances of one dataclass, a column per field."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(f.name for f in dataclasses.fields(rows[0]))
+        out.writerows(dataclasses.astuple(row) for row in rows)
 
 
 def whole(cell):

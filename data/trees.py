@@ -4,17 +4,18 @@
 opened yet. Every error says what was found, what was expected, and the next step.
 """
 
-import codecs
+import contextlib
 import difflib
 import json
 import os
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from data import pickles
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -33,9 +34,8 @@ NO_SHIFT = r"(train|training|val|valid|validation|dev)\d*([ _.-].*)?|.*[ _.-](ba
 # several the first is used), what such a folder holds, published number of images.
 IMAGENET_SHIFTS = {
     "ImageNet-V2": (
-        """imagenetv2-matched-frequency imagenetv2-matched-frequency-format-val
-        imagenetv2-threshold0.7 imagenetv2-threshold0.7-format-val imagenetv2-top-images
-        imagenetv2-top-images-format-val imagenetv2""".split(),
+        """imagenetv2-matched-frequency imagenetv2-threshold0.7 imagenetv2-top-images imagenetv2
+        """.split(),
         NUMBER,
         10_000,
     ),
@@ -74,7 +74,6 @@ class Split:
     border: int = 0  # pixels cut off each side first (ObjectNet: 2)
     expected: int | None = None  # published number of images
     notes: list[str] = field(default_factory=list)  # what was left out of it, a line each
-    unreadable: set = field(default_factory=set, init=False)  # indices, found by load_images
     hash: str | None = field(default=None, init=False, repr=False)  # by common.fingerprint
 
 
@@ -175,7 +174,8 @@ def open_imagenet(root):
             folders = sorted((f for f in subfolders(path) if re.fullmatch(inside, f)), key=int)
             shifts.append(split(name, path, expected, {f: [wnids[int(f)]] for f in folders}))
         elif name == "ObjectNet":
-            folders = {f: [wnids[i] for i in ids] for f, ids in objectnet_map(path).items()}
+            with reading(path, "get ObjectNet's mappings/ again"):
+                folders = {f: [wnids[i] for i in ids] for f, ids in objectnet_map(path).items()}
             shifts.append(split(name, path / "images", expected, folders, own=True, border=2))
             if shifts[-1].expected and len(shifts[-1].images) in OBJECTNET_COUNTS:
                 shifts[-1].expected = len(shifts[-1].images)
@@ -217,9 +217,10 @@ def open_cifar10(batches):
     for version, expected in (("v6", 2_000), ("v4", 2_021)):  # v6 is the one to use if both exist
         files = [folder / f"cifar10.1_{version}_data.npy" for folder in folders]
         if file := next(filter(Path.is_file, files), None):
-            images = np.load(file, allow_pickle=False)
-            labels = np.load(file.with_name(f"cifar10.1_{version}_labels.npy"), allow_pickle=False)
-            shifts.append(array_split(f"CIFAR-10.1 {version}", file, images, labels, expected))
+            name = f"CIFAR-10.1 {version}"
+            with reading(file, f"get it and cifar10.1_{version}_labels.npy again"):
+                labels = np.load(file.with_name(f"cifar10.1_{version}_labels.npy"))
+                shifts.append(array_split(name, file, np.load(file), labels, expected))
             break
     else:
         missing.append(f"CIFAR-10.1 (no cifar10.1_v6_data.npy in {batches.parent} or CIFAR-10.1/)")
@@ -228,25 +229,10 @@ def open_cifar10(batches):
 
 def read_batch(path):
     """One pickled batch as uint8 [N, 32, 32, 3] and int64 [N]; runs no code from the file."""
-    rebuild = np.empty(0).__reduce__()[0]  # NumPy's constructor; its module depends on the version
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    allowed |= {(f"numpy.{core}.multiarray", "_reconstruct"): rebuild for core in ("core", "_core")}
-    allowed["_codecs", "encode"] = codecs.encode  # bytes, as Python 3 writes them for Python 2
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) not in allowed:
-                raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-            return allowed[module, name]
-
-    try:
-        with open(path, "rb") as file:
-            batch = Unpickler(file, encoding="bytes").load()
+    with reading(path, "unpack cifar-10-python.tar.gz again"):
+        batch = pickles.read(path, "bytes")[0]
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(images), np.array(batch[b"labels"], dtype=np.int64)
-    except Exception as error:  # a damaged pickle can fail in any way
-        cure = "unpack cifar-10-python.tar.gz again"
-        raise InputError(f"{path} is no batch of CIFAR-10 ({error}): {cure}.") from error
 
 
 def open_stl10(path):
@@ -256,16 +242,14 @@ def open_stl10(path):
         shared = sorted((f for f in names if names[f] in CIFAR10), key=names.get)  # CIFAR's order
         ids = {f: [CIFAR10.index(names[f])] for f in shared}
         return class_folders("STL-10", path, ids, own=True, expected=7_200)
-    pixels, given = (np.fromfile(path / f"test_{x}.bin", np.uint8) for x in "Xy")
-    if pixels.size != given.size * 3 * 96 * 96:
-        raise InputError(f"{path}/test_X.bin and test_y.bin differ in length: unpack again.")
     shared = [name for name in CIFAR10 if name in STL10]
     rank = np.array([shared.index(name) if name in shared else -1 for name in STL10])
-    labels = rank[given - 1]
-    images = pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # the file runs down the columns
-    images, labels = images[labels >= 0], labels[labels >= 0]
+    with reading(path, "unpack stl10_binary.tar.gz again"):
+        images = np.fromfile(path / "test_X.bin", np.uint8).reshape(-1, 3, 96, 96)
+        labels = rank[np.fromfile(path / "test_y.bin", np.uint8) - 1]
+        images = images[labels >= 0].transpose(0, 3, 2, 1)  # the file runs down the columns
     groups = [[CIFAR10.index(name)] for name in shared]
-    return array_split("STL-10", path, images, labels, 7_200, groups)
+    return array_split("STL-10", path, images, labels[labels >= 0], 7_200, groups)
 
 
 def open_entity30(root):
@@ -275,7 +259,8 @@ def open_entity30(root):
     if info is None:
         cure = "copy it from the BREEDS-Benchmarks repository"
         raise InputError(f"{base} has no imagenet_class_hierarchy/, there or beside it: {cure}.")
-    names, source, target = entity30_classes(info)
+    with reading(info, "copy it from the BREEDS-Benchmarks repository again"):
+        names, source, target = entity30_classes(info)
 
     def split(name, path, subclasses, expected=None):
         ids = {wnid: [i] for i, wnids in enumerate(subclasses) for wnid in wnids}
@@ -434,7 +419,7 @@ def names_and_templates(base, classes):
 def class_folders(name, path, ids, own=False, **options):
     """The Split of the folders in `ids`, {folder: training ids}; `own`: they are its classes.
 
-    Images may lie in a class's folder or one folder deeper. Notes say what was left out.
+    Images lie in a class's folder, at any depth. Notes say what was left out.
     """
     from tqdm import tqdm
 
@@ -448,20 +433,16 @@ def class_folders(name, path, ids, own=False, **options):
     for i, folder in enumerate(tqdm(ids, desc=str(path), delay=2, leave=False)):
         here = os.path.join(path, folder)  # strings: a Path for each of 1.28M images is slow
         found, rest = images_in(here)
-        for entry in rest:
-            if os.path.isdir(os.path.join(here, entry)):
-                below = images_in(os.path.join(here, entry))[0]
-                found, deeper = found + below, deeper + below
-            else:
-                others.append(os.path.splitext(entry)[1].lower() or entry)
         if not found:
             kinds = " ".join(IMAGE_TYPES)
             raise InputError(f"{here} has no images ({kinds}); it holds {listing(here)}.")
         files += found
         labels += [i if own else ids[folder][0]] * len(found)
+        deeper += [file for file in found if os.sep in file[len(here) + 1 :]]
+        others += [os.path.splitext(file)[1].lower() or file for file in rest]
     groups, notes = list(ids.values()) if own else None, []
     if deeper:
-        notes.append(f"{len(deeper):,} images were found one folder deeper, such as {deeper[0]}")
+        notes.append(f"{len(deeper):,} images were found in folders below, such as {deeper[0]}")
     if others:
         kinds = listed(sorted(set(others)))
         notes.append(f"{len(others):,} files are left out: they are no images ({kinds})")
@@ -469,15 +450,25 @@ def class_folders(name, path, ids, own=False, **options):
 
 
 def images_in(folder):
-    """Paths of the images in a folder and names of all else in it, both sorted."""
-    names = sorted(names_in(folder))
-    images = [folder + os.sep + name for name in names if name.lower().endswith(IMAGE_TYPES)]
-    return images, [name for name in names if not name.lower().endswith(IMAGE_TYPES)]
+    """Paths of the images in a folder and below it, and of all other files there, in order."""
+    images, others = [], []
+    for name in sorted(names_in(folder)):
+        path = folder + os.sep + name
+        if name.lower().endswith(IMAGE_TYPES):
+            images.append(path)
+        elif os.path.isdir(path) and not os.path.islink(path):  # a link may lead in a circle
+            below = images_in(path)
+            images, others = images + below[0], others + below[1]
+        else:
+            others.append(path)
+    return images, others
 
 
 def array_split(name, path, images, labels, expected, groups=None):
     """The Split of images, uint8 [N, H, W, 3], and labels [N]."""
     labels = torch.from_numpy(labels.astype(np.int64))
+    if len(images) != len(labels):
+        raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; get it again.")
     return Split(name, str(path), images, labels, groups, expected=expected)
 
 
@@ -544,7 +535,7 @@ def locate(places, usual, inside):
         for place in dict.fromkeys(places)
         if os.access(place, os.R_OK)
         for name in subfolders(place)
-        if plain(name) == plain(want)
+        if plain(name).removesuffix("formatval") == plain(want)  # as V2's archives unpack
     ]
     for folder in named:
         for path in (folder, *(folder / name for name in subfolders(folder))):
@@ -585,12 +576,23 @@ def listed(names):
     return ", ".join(names[:5]) + more
 
 
-def read_text(path):
+@contextlib.contextmanager
+def reading(path, cure):
+    """Whatever goes wrong in the block, a damaged or missing file, is said in one sentence."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # Notepad begins with a mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text in UTF-8 ({error}).") from None
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read ({reason[:120]}): {cure}.") from error
+
+
+def read_text(path):
+    with reading(path, "expected text in UTF-8"):
+        return Path(path).read_text(encoding="utf-8-sig")  # Notepad begins with a mark
 
 
 def read_json(path):
-    return json.loads(read_text(path))
+    with reading(path, "expected the JSON file that comes with the data set"):
+        return json.loads(read_text(path))

@@ -4,26 +4,21 @@
     python lab/carot_ablations.py corruptions --data /imagenet   # every flag of carot.py works
     python lab/carot_ablations.py all                     # digits: all, 40 minutes of one core
 
-    components   Tab. 4    all of L_MCL, L_OC, L_SD on and off   5 trainings
-    lambdas      Tab. 5    lambda_OC at lambda_SD 1.5, and back  8 trainings
-    svd          Tab. A    rivals of L_OC at its coefficient     4 trainings
-    period       -         steps between the teacher's updates   4 trainings
-    teacher      -         the teacher beside its student
-    measures     -         ECE of four kinds, NLL, Brier score
-    temperature  Tab. D    by least NLL and by least ECE
-    reliability  Fig. B    accuracy by confidence, all shifts together
-    spectrum     Fig. 6    last singular values, ID and shifts
-    corruptions  Figs. 4, 5  ImageNet-C, or the digits' test set corrupted here
-    wise         -         WiSE-FT: each model mixed with zero-shot
+    components   Tab. 4         L_OC and L_SD, beside cross-entropy and beside L_MCL   6 trainings
+    lambdas      Tabs. 5, F, G  lambda_OC at lambda_SD 1.5, and back                   8 trainings
+    svd          Tab. A         the rival of L_OC at its coefficient                   3 trainings
+    smoothing    Tab. E         label smoothing in L_SD's place                        1 training
+    period       -              steps between the teacher's updates                    4 trainings
+    wise         Tabs. B, C     WiSE-FT: each model mixed with zero-shot
+    temperature  Tab. D         by least ECE, and by least NLL
+    reliability  Fig. B         accuracy by confidence, all shifts together
+    corruptions  Figs. 4, 5     ImageNet-C, or the digits' test set corrupted here
 
 Each prints its table and leaves PNG and CSV in OUT/figures. What carot.py has trained under the
 same OUT is read and not trained again; --seeds N averages over N runs. A training on the digits
-takes about a minute of one core. The grids are ours: those of the paper's sweeps are not known to
-us. ImageNet-C: the 15 corruptions and the extra four at 5 severities, as imagenet-c/ in the tree or
-beside it.
-
-The rows of Tab. 4 without L_MCL have the other terms alone. The paper's have the cross-entropy in
-its place, and are not built yet.
+takes about a minute of one core. The grids and the smoothing are ours: those of the paper are not
+known to us. What is chosen (alpha of WiSE-FT, temperatures) is chosen on ID val (A10). ImageNet-C:
+the 15 corruptions and the extra four at 5 severities, as imagenet-c/ in the tree or beside it.
 """
 
 import copy
@@ -64,17 +59,12 @@ class Setting:
         return [self.data.test, *self.data.shifts]
 
 
-def settings_of(s, seed, **changes):
-    """CaRot's settings for one training, some of them changed."""
-    return dataclasses.replace(carot.recipe(s.config, "CaRot", seed), **changes)
-
-
 def tuned(s, seed, name="", loss=carot.loss_of, **changes):
     """Classifier fine-tuned as CaRot with changed settings or another loss(settings, f, logits,
     W_v, W_l, taught). Without a name it has FLYP's or CaRot's, so that carot.py's checkpoints are
     found.
     """
-    settings = settings_of(s, seed, **changes)
+    settings = dataclasses.replace(carot.recipe(s.config, "CaRot", seed), **changes)
     constrained = settings.oc or settings.sd or settings.cross_fnorm
     name = name or ("CaRot" if constrained else "FLYP")
     module = carot.fine_tune(settings, name, s.clip, s.data, loss)
@@ -84,15 +74,21 @@ def tuned(s, seed, name="", loss=carot.loss_of, **changes):
 HEADER = ["ID acc", "ID ECE", "shift acc", "shift ECE", "sigma_min"]
 
 
+def means_of(rows):
+    """HEADER's numbers, means over the Rows of one method."""
+    method = rows[0].method
+    accuracy, ece = common.accuracies(rows, method), carot.measured(rows, method)
+    sigma = float(carot.spectrum_of(rows, method)[-1])
+    on_id = [accuracy[common.ID], ece[common.ID]]
+    return [*on_id, common.mean_shift(accuracy), common.mean_shift(ece), sigma]
+
+
 def measure(s, model_of):
     """HEADER's numbers, means over seeds, of model_of(seed) -> Classifier."""
     rows = []
     for seed in s.seeds:
-        rows.append(carot.evaluate(s.config, s.data, s.clip, {"": model_of(seed)}, seed)[0])
-    accuracy, ece = common.accuracies(rows, ""), carot.measured(rows, "")
-    sigma = float(carot.spectrum_of(rows, "")[-1])
-    on_id = [accuracy[common.ID], ece[common.ID]]
-    return [*on_id, common.mean_shift(accuracy), common.mean_shift(ece), sigma]
+        rows += carot.evaluate(s.config, s.data, s.clip, {"": model_of(seed)}, seed)
+    return means_of(rows)
 
 
 def cells(numbers):
@@ -122,45 +118,67 @@ def scatter(s, name, header, rows, points):
         numbers += rows
 
 
-# --- Tables 4, 5, A -------------------------------------------------------------------------------
+# --- Tables 4, 5, A, E ----------------------------------------------------------------------------
 
 
-def without_mcl(settings, f, logits, W_v, W_l, taught):
-    """L_OC, with the cross term, and L_SD alone. The weights that they do not reach still decay."""
-    loss = 0 * carot.contrastive(logits)
-    if settings.oc:
-        loss = loss + settings.oc * carot.orthogonality(W_v, settings.oc_form)
-    if settings.cross_fnorm:
-        loss = loss + settings.cross_fnorm * carot.cross_term(W_v, W_l, settings.cross_form)
-    if settings.sd and taught is not None:
-        loss = loss + settings.sd * carot.self_distillation(logits, taught, settings.sd_form)
-    return loss
+class Taught(carot.Distilled):
+    """A Classifier in training and its teacher, as `common.image_training` takes them."""
+
+    @property
+    def head(self):
+        return self.student.head
+
+
+def naive(s, seed, oc, sd):
+    """Classifier fine-tuned as FT, by cross-entropy + oc L_OC + sd L_SD. The soft labels are the
+    teacher's of the classes, which is how we read Tab. 4: there are no captions.
+    """
+    settings = dataclasses.replace(carot.recipe(s.config, "FT", seed), oc=oc, sd=sd)
+    module = Taught(s.zero_shot, teacher=sd > 0)
+    W_v = carot.projection_at(module.student, "visual.proj") if oc else None
+
+    def loss_fn(images, labels):
+        logits = common.gather(module.student(images)[1])
+        loss = F.cross_entropy(logits, common.gather(labels))
+        if oc:
+            loss = loss + oc * carot.orthogonality(W_v, settings.oc_form)
+        if module.updates:
+            with torch.no_grad():
+                taught = common.gather(module.teacher(images)[1]).softmax(1)
+            loss = loss + sd * F.cross_entropy(logits, taught)
+        return loss
+
+    key = {"oc": oc, "oc_form": settings.oc_form, "sd": sd, "ema_every": settings.ema_every}
+    parts = settings, "cross-entropy", module, s.data.train, s.clip, loss_fn
+    steps = common.steps_of(settings, len(s.data.train.labels))
+    for done in common.train_steps(settings, common.image_training(*parts, key=key)):
+        carot.update_teacher(settings, module, done, steps)
+    return module.student
 
 
 def components(s):
-    """Tab. 4: L_MCL, L_OC (with the cross term), L_SD, each on and off; none: zero-shot."""
+    """Tab. 4: L_OC and L_SD on and off, beside cross-entropy and beside L_MCL (there L_OC has the
+    cross term with it).
+    """
     rows, points, c = [], {}, s.config
     for mcl, oc, sd in itertools.product((0, 1), repeat=3):
-        weights = {"oc": c.oc * oc, "cross_fnorm": c.cross_fnorm * oc, "sd": c.sd * sd}
 
-        def model_of(seed, weights=weights, mcl=mcl):
-            if not mcl and not any(weights.values()):
-                return s.zero_shot
+        def model_of(seed, mcl=mcl, oc=oc * c.oc, sd=sd * c.sd):
             if not mcl:
-                return tuned(s, seed, "without L_MCL", without_mcl, **weights)
-            return tuned(s, seed, **weights)
+                return naive(s, seed, oc, sd)
+            return tuned(s, seed, oc=oc, sd=sd, cross_fnorm=c.cross_fnorm if oc else 0.0)
 
         x = measure(s, model_of)
-        terms = {"MCL": mcl, "OC": oc, "SD": sd}
-        rows.append([*("x" if on else "-" for on in terms.values()), *cells(x)])
-        points["+".join(name for name, on in terms.items() if on) or "zero-shot"] = x
-    header = ["L_MCL", "L_OC", "L_SD", *HEADER]
+        loss = "L_MCL" if mcl else "cross-entropy"
+        rows.append([loss, "x" if oc else "-", "x" if sd else "-", *cells(x)])
+        points["+".join([loss, *["OC"] * oc, *["SD"] * sd])] = x
+    header = ["loss", "L_OC", "L_SD", *HEADER]
     show(s, "Tab. 4", header, rows)
     scatter(s, "components", header, rows, points)
 
 
 def lambdas(s):
-    """Tab. 5: one lambda varies, the other is the paper's; grid ours."""
+    """Tabs. 5, F, G: one lambda varies, the other is the paper's; grid ours."""
     grids = {"oc": (0.0, 0.05, 0.2, 0.5, 1.0), "sd": (0.0, 0.5, 1.5, 3.0, 5.0)}
     rows, header = [], ["varied", "value", *HEADER]
     with figure(s, "lambdas", header, columns=2, rows=2) as (axes, numbers):
@@ -177,12 +195,7 @@ def lambdas(s):
             column[1].plot(grid, [x[3] for x in found], "o-", ms=3)
             column[1].set(xlabel=label, ylabel="its ECE")
         numbers += rows
-    show(s, "Tab. 5", header, rows)
-
-
-def singular_values_to_one(W_v):
-    """sum_i (sigma_i - 1)^2 over the singular values of W_v; ours.  [in, D] -> []"""
-    return (torch.linalg.svdvals(W_v) - 1).square().sum()
+    show(s, "Tabs. 5, F, G", header, rows)
 
 
 def minus_sigma_min(f):
@@ -195,19 +208,10 @@ def minus_sigma_min(f):
     return -torch.linalg.eigvalsh(f.T @ f / len(f))[0]
 
 
-def with_singular_values(settings, f, logits, W_v, W_l, taught):
-    rest = rest_of_carot(settings, logits, W_v, W_l, taught)
-    return rest + settings.oc * singular_values_to_one(W_v)
-
-
 def with_sigma_min(settings, f, logits, W_v, W_l, taught):
-    return rest_of_carot(settings, logits, W_v, W_l, taught) + settings.oc * minus_sigma_min(f)
-
-
-def rest_of_carot(settings, logits, W_v, W_l, taught):
-    """CaRot's loss without L_OC."""
-    forms = {"cross": settings.cross_form, "sd": settings.sd_form}
-    return carot.carot_loss(logits, W_v, W_l, taught, 0.0, settings.sd, settings.cross_fnorm, forms)
+    without = dataclasses.replace(settings, oc=0.0)
+    rest = carot.loss_of(without, f, logits, W_v, W_l, taught)
+    return rest + settings.oc * minus_sigma_min(f)
 
 
 def svd(s):
@@ -215,28 +219,19 @@ def svd(s):
     c, rows, points = s.config, [], {}
     W_v = carot.projections(s.clip.model)[0]
     f = torch.randn(c.batch, W_v.shape[1], device=W_v.device)
-    forms = {  # name: (Classifier of a seed, function and tensor that are timed)
-        "none": (lambda seed: tuned(s, seed, oc=0.0), None, None),
-        "norm (code)": (lambda seed: tuned(s, seed, oc_form="code"), carot.orthogonality, W_v),
-        "squared (paper)": (
-            lambda seed: tuned(s, seed, oc_form="paper"),
-            lambda W: carot.orthogonality(W, "paper"),
-            W_v,
-        ),
-        "sum (sigma_i - 1)^2": (
-            lambda seed: tuned(s, seed, "singular values", with_singular_values),
-            singular_values_to_one,
-            W_v,
-        ),
-        "-sigma_min (rival)": (
-            lambda seed: tuned(s, seed, "sigma_min", with_sigma_min),
-            minus_sigma_min,
-            f,
-        ),
+
+    def squared(W):
+        return carot.orthogonality(W, "paper")
+
+    forms = {  # name: (function and tensor that are timed, what `tuned` is told)
+        "none": (None, None, {"oc": 0.0}),
+        "norm (code)": (carot.orthogonality, W_v, {"oc_form": "code"}),
+        "squared (paper)": (squared, W_v, {"oc_form": "paper"}),
+        "-sigma_min": (minus_sigma_min, f, {"name": "sigma_min", "loss": with_sigma_min}),
     }
-    for form, (model_of, term, tensor) in forms.items():
-        x = points[form] = measure(s, model_of)
-        price = "-" if term is None else f"{milliseconds(term, tensor):.2f}"
+    for form, (term, tensor, told) in forms.items():
+        x = points[form] = measure(s, lambda seed, told=told: tuned(s, seed, **told))
+        price = f"{milliseconds(term, tensor):.2f}" if term else "-"
         rows.append([form, *cells(x), price])
     header = ["L_OC", *HEADER, "ms a step"]
     show(s, f"Tab. A, lambda_OC {c.oc:g}", header, rows)
@@ -253,7 +248,35 @@ def milliseconds(term, tensor):
     return float(np.median(times))
 
 
-# --- the teacher ----------------------------------------------------------------------------------
+SMOOTHING = 0.1
+
+
+def with_label_smoothing(settings, f, logits, W_v, W_l, taught):
+    """L_MCL-con, with SMOOTHING of each pair's target spread over the batch."""
+    i = torch.arange(len(logits), device=logits.device)
+    both = (F.cross_entropy(z, i, label_smoothing=SMOOTHING) for z in (logits, logits.T))
+    constrained = carot.loss_of(settings, f, logits, W_v, W_l, taught)
+    return constrained - carot.contrastive(logits) + sum(both) / 2
+
+
+def smoothing(s):
+    """Tab. E: on L_MCL-con, nothing, label smoothing, and self-distillation, which is CaRot."""
+    forms = {
+        "none": {"sd": 0.0},
+        f"label smoothing {SMOOTHING:g}": {
+            "sd": 0.0,
+            "name": "smoothed",
+            "loss": with_label_smoothing,
+        },
+        "self-distillation": {},
+    }
+    points = {
+        form: measure(s, lambda seed, told=told: tuned(s, seed, **told))
+        for form, told in forms.items()
+    }
+    rows, header = [[form, *cells(x)] for form, x in points.items()], ["L_MCL-con and", *HEADER]
+    show(s, "Tab. E", header, rows)
+    scatter(s, "smoothing", header, rows, points)
 
 
 def period(s):
@@ -273,60 +296,51 @@ def period(s):
         numbers += rows
 
 
-def teacher(s):
-    """CaRot's teacher beside the student; the authors evaluate the student."""
-
-    def tower(seed, name):
-        module = carot.fine_tune(settings_of(s, seed), "CaRot", s.clip, s.data)
-        return carot.as_classifier(s.config, s.data, s.clip, getattr(module, name))
-
-    points = {
-        name: measure(s, lambda seed, name=name: tower(seed, name))
-        for name in ("student", "teacher")
-    }
-    rows, header = [[name, *cells(x)] for name, x in points.items()], ["CaRot's", *HEADER]
-    show(s, "the teacher", header, rows)
-    scatter(s, "teacher", header, rows, points)
-
-
-# --- calibration ----------------------------------------------------------------------------------
+# --- WiSE-FT, calibration -------------------------------------------------------------------------
 
 
 def models_of(s, seed):
     return carot.train_models(s.config, s.data, s.clip, s.zero_shot, seed)
 
 
-def adaptive_ece(p, labels, bins=10):
-    """ECE over bins of equal count; equal confidences may be parted, in the order of the images."""
-    confidence, predicted = p.double().max(1)
-    order = confidence.argsort(stable=True)
-    gap = ((predicted == labels).double() - confidence)[order]
-    return sum(part.sum().abs().item() for part in gap.tensor_split(bins)) / len(labels)
-
-
-def classwise_ece(p, labels, bins=10):
-    """Mean over classes c of the ECE of p_c as the probability of "the label is c"."""
-    error = 0.0
-    for c, p_c in enumerate(p.double().unbind(1)):
-        gap = (labels == c).double() - p_c
-        summed = gap.new_zeros(bins).index_add_(0, common.bin_of(p_c, bins), gap)
-        error += summed.abs().sum().item() / len(labels) / p.shape[1]
-    return error
-
-
-def brier(p, labels):
-    """Mean of sum_c (p_c - [c = label])^2, from 0 to 2."""
-    return (p.double() - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item()
-
-
-MEASURES = {
-    "ECE": common.ece,
-    "ECE per 512": carot.ece_per_batch,
-    "adaptive ECE": adaptive_ece,
-    "class-wise ECE": classwise_ece,
-    "NLL": common.nll,
-    "Brier": brier,
-}
+def wise(s):
+    """Tabs. B, C: theta = alpha theta_ft + (1 - alpha) theta_zs, head included, for every method,
+    with the alpha of least ECE on ID val. The figure and its CSV have all of them.
+    """
+    alphas, curves, chosen = [i / 10 for i in range(11)], {}, {}
+    for seed in s.seeds:
+        models = models_of(s, seed)
+        zs = models.pop("ZS").state_dict()
+        for m, model in models.items():
+            mixed = {alpha: copy.deepcopy(model) for alpha in alphas}
+            for alpha, mix in mixed.items():
+                mix.load_state_dict(vrf.wse(zs, model.state_dict(), alpha))
+            val = common.predict(s.config, mixed, s.data.val, s.clip)
+            eces = {a: common.ece(x.logits.softmax(1), x.labels) for a, x in val.items()}
+            best = min(eces, key=eces.get)
+            for row in carot.evaluate(s.config, s.data, s.clip, mixed, seed):
+                curves.setdefault((m, row.method), []).append(row)
+                if row.method == best:
+                    row = dataclasses.replace(row, method=m, choice=best)
+                    chosen.setdefault(m, []).append(row)
+    found = {key: means_of(rows) for key, rows in curves.items()}
+    table = []
+    for m, rows in chosen.items():
+        alpha = "/".join(f"{row.choice:g}" for row in rows)
+        table += [[m, "1", *cells(found[m, 1.0])], [m, alpha, *cells(means_of(rows))]]
+    header = ["method", "alpha", *HEADER]
+    show(s, "Tabs. B, C: alone, and mixed with zero-shot by the least ECE on ID val", header, table)
+    with figure(s, "wise", header, columns=2) as (axes, numbers):
+        left, right = axes[0]
+        for m in chosen:
+            of_method = [found[m, alpha] for alpha in alphas]
+            shift = [y[2] for y in of_method]
+            left.plot([y[0] for y in of_method], shift, "o-", ms=3, label=m)
+            right.plot([-y[3] for y in of_method], shift, "o-", ms=3)
+        left.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
+        right.set(xlabel="negative mean ECE under shift", ylabel="mean accuracy under shift, %")
+        left.legend()
+        numbers += [(*key, *cells(x)) for key, x in found.items()]
 
 
 def least_ece_temperature(logits, labels):
@@ -335,46 +349,24 @@ def least_ece_temperature(logits, labels):
     return min(grid, key=lambda T: common.ece((logits / T).softmax(1), labels))
 
 
-def calibrated(s):
-    """Yield (method, criterion, T, {split: Prediction}) of every seed and method. The criterion is
-    "" with T 1, or "NLL" or "ECE", of which T has the least on ID val.
-    """
+def temperature(s):
+    """Tab. D: no temperature, the paper's, of least ECE, and that of least NLL; both on ID val."""
+    # Differs (TS): the ECE of a small val set is a jagged function of T, its NLL a smooth one
+    found, header = {}, ["method", "T by", "T", "ID ECE", "shift ECE"]
     for seed in s.seeds:
         models = models_of(s, seed)
         val = common.predict(s.config, models, s.data.val, s.clip)
         of = {split.name: common.predict(s.config, models, split, s.clip) for split in s.splits}
-        for method in models:
-            logits, labels = val[method].logits, val[method].labels
-            found = {split: predictions[method] for split, predictions in of.items()}
-            yield method, "", 1.0, found
-            yield method, "NLL", common.temperature(logits, labels, "nll"), found
-            yield method, "ECE", least_ece_temperature(logits, labels), found
-
-
-def of_each_split(f, T, found):
-    """[f on ID, mean of f over the shifts], of probabilities at temperature T."""
-    values = {split: f((x.logits / T).softmax(1), x.labels) for split, x in found.items()}
-    return [values[common.ID], common.mean_shift(values)]
-
-
-def measures(s):
-    """Every measure of calibration, on ID and in the mean over shifts; +TS: T by least NLL."""
-    found, header = {}, ["method", *MEASURES]
-    for method, criterion, T, predictions in calibrated(s):
-        if criterion != "ECE":
-            values = [of_each_split(f, T, predictions) for f in MEASURES.values()]
-            found.setdefault(f"{method} +TS" if criterion else method, []).append(values)
-    means = {name: np.mean(values, 0) for name, values in found.items()}
-    rows = [[name, *(f"{a:.3f} {b:.3f}" for a, b in values)] for name, values in means.items()]
-    show(s, "every measure on ID and in the mean over shifts", header, rows)
-
-
-def temperature(s):
-    """Tab. D: no temperature, that of least NLL, and the paper's, of least ECE; both on ID val."""
-    found, header = {}, ["method", "T by", "T", "ID ECE", "shift ECE"]
-    for method, criterion, T, predictions in calibrated(s):
-        values = [T, *of_each_split(common.ece, T, predictions)]
-        found.setdefault((method, criterion or "-"), []).append(values)
+        for m in models:
+            logits, labels = val[m].logits, val[m].labels
+            by_nll = common.temperature(logits, labels, "nll")
+            criteria = {"-": 1.0, "ECE": least_ece_temperature(logits, labels), "NLL": by_nll}
+            for criterion, T in criteria.items():
+                eces = {}
+                for split, x in ((split, predictions[m]) for split, predictions in of.items()):
+                    eces[split] = common.ece((x.logits / T).softmax(1), x.labels)
+                values = [T, eces[common.ID], common.mean_shift(eces)]
+                found.setdefault((m, criterion), []).append(values)
     means = {key: np.mean(values, 0) for key, values in found.items()}
     rows = [[*key, f"{T:.2f}", f"{a:.3f}", f"{b:.3f}"] for key, (T, a, b) in means.items()]
     show(s, "Tab. D, temperatures", header, rows)
@@ -405,7 +397,7 @@ def reliability(s):
     rows = []
     for seed in s.seeds:
         rows += carot.evaluate(s.config, s.data, s.clip, models_of(s, seed), seed)
-    methods = dict.fromkeys(r.method for r in rows if r.choice is None)
+    methods = dict.fromkeys(r.method for r in rows)
     header = ["method", "confidence", "accuracy", "images"]
     table = []
     with figure(s, "reliability", header, columns=len(methods)) as (axes, numbers):
@@ -423,31 +415,7 @@ def reliability(s):
     show(s, "Fig. B: ECE of all shifts together", ["method", "ECE"], table)
 
 
-# --- Figs. 4, 5, 6 --------------------------------------------------------------------------------
-
-
-def spectrum(s):
-    """Fig. 6 on ID and on the shifts: the last 20 singular values, and how far sigma_min is."""
-    found = {}
-    for seed in s.seeds:
-        models = models_of(s, seed)
-        for split in s.splits:
-            for method, x in common.predict(s.config, models, split, s.clip).items():
-                values = carot.singular_values(x.features).numpy()
-                found.setdefault((method, split.name), []).append(values)
-    found = {key: np.mean(values, 0) for key, values in found.items()}
-    names, methods = [split.name for split in s.splits], list(models)
-    rows = [[m, *(f"{found[m, name][-1]:.4f}" for name in names)] for m in methods]
-    show(s, "Fig. 6: sigma_min by set", ["method", *names], rows)
-    header = ["method", "set", "from the smallest", "singular value"]
-    with figure(s, "spectrum", header, columns=2) as (axes, numbers):
-        for axis, name in zip(axes[0], names, strict=False):
-            for m in methods:
-                axis.plot(range(-19, 1), found[m, name][-20:], ".-", label=m)
-            axis.set(title=name, xlabel="the last 20, from the smallest", ylabel="singular value")
-        axes[0, 0].legend()
-        for (m, name), values in found.items():
-            numbers += [(m, name, i - 19, float(v)) for i, v in enumerate(values[-20:])]
+# --- Figs. 4, 5 -----------------------------------------------------------------------------------
 
 
 def corruptions(s):
@@ -518,49 +486,18 @@ def corrupted_sets(s):
             yield name, severity, dataclasses.replace(test, name=named, images=images)
 
 
-# --- further --------------------------------------------------------------------------------------
-
-
-def wise(s):
-    """WiSE-FT: theta = alpha theta_ft + (1 - alpha) theta_zs, head included, for every method."""
-    alphas, found = (0.0, 0.25, 0.5, 0.75, 1.0), {}
-    for seed in s.seeds:
-        models = models_of(s, seed)
-        zs = models.pop("ZS").state_dict()
-        for m, model in models.items():
-            for alpha in alphas:
-                mixed = copy.deepcopy(model)
-                mixed.load_state_dict(vrf.wse(zs, model.state_dict(), alpha))
-                found.setdefault((m, alpha), {})[seed] = mixed
-    x = {key: measure(s, of_seed.__getitem__) for key, of_seed in found.items()}
-    rows = [[m, f"{alpha:g}", *cells(y)] for (m, alpha), y in x.items()]
-    header = ["method", "alpha", *HEADER]
-    show(s, "mixed with zero-shot", header, rows)
-    with figure(s, "wise", header, columns=2) as (axes, numbers):
-        left, right = axes[0]
-        for m in models:
-            of_method = [x[m, alpha] for alpha in alphas]
-            shift = [y[2] for y in of_method]
-            left.plot([y[0] for y in of_method], shift, "o-", ms=3, label=m)
-            right.plot([-y[3] for y in of_method], shift, "o-", ms=3)
-        left.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
-        right.set(xlabel="negative mean ECE under shift", ylabel="mean accuracy under shift, %")
-        left.legend()
-        numbers += rows
-
+# --- main -----------------------------------------------------------------------------------------
 
 ABLATIONS = {
     "components": components,
     "lambdas": lambdas,
     "svd": svd,
+    "smoothing": smoothing,
     "period": period,
-    "teacher": teacher,
-    "measures": measures,
+    "wise": wise,
     "temperature": temperature,
     "reliability": reliability,
-    "spectrum": spectrum,
     "corruptions": corruptions,
-    "wise": wise,
 }
 
 

@@ -23,10 +23,10 @@ def features(rows, width, seed, spread=1.0):
 
 
 def indistinct(queries, rows, seed):
-    """Rows around the queries, all nearer to each other than the rounding to bf16 can show."""
+    """Rows around the queries, all nearer to each other than the rounding to fp16 can show."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, queries.shape[1], generator=generator)
-    return queries[torch.arange(rows) % len(queries)] + 3e-4 * noise
+    return queries[torch.arange(rows) % len(queries)] + 2e-5 * noise
 
 
 def spd_reference(state, grads, step, lr, betas, eps, spd_lambda, conditions=None):

@@ -22,13 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # noqa: E402
 import er_study  # noqa: E402
 from lab import digits_testbed, er_published  # noqa: E402
+
+
+@dataclasses.dataclass
+class Config(er_study.Config):
+    plot: str = common.arg("", "draw saved trajectories (a pattern in quotes) instead of training")
+
 
 AT = (0.8, 0.85, 0.9, 0.92, 0.94)  # ID accuracies of every comparison
 RATE = 2e-4  # of every run here: er_study.py's middle one
@@ -252,7 +257,7 @@ def mixtures(config, data, clip, zero_shot, name, model, seed):
         name: {s: x.p_ft for s, x in sets.items()},
         f"{name} +WSE": probabilities(config, data, clip, between),
         f"{name} +OSE": {s: vrf.ose(x.p_zs, x.p_ft, alpha["+OSE"]) for s, x in sets.items()},
-        f"{name} +VRF": found.p,
+        f"{name} +VRF": found.p_vrf,
     }
 
 
@@ -467,7 +472,7 @@ def draw_point(axis, name, runs, shift):
     mark, colour = MARKS[f" +{ensemble}" if ensemble else ""], f"C{FAMILIES.index(family)}"
     spread, label = (None, None) if ensemble else ([[y - low], [high - y]], name)
     look = {"fmt": mark, "color": colour, "ms": 4, "lw": 0.8, "label": label}
-    axis.errorbar(logit(x / 100), y, spread, **look)
+    axis.errorbar(x / 100, y, spread, **look)
     return x, y, low, high
 
 
@@ -476,7 +481,7 @@ def draw_course(axis, name, runs, shift):
     colour, rows = f"C{FAMILIES.index(name.removesuffix(COURSE))}", []
     for checkpoints in runs.values():
         c = er_study.curve(checkpoints, shift)
-        axis.plot(logit(c["id"]), 100 * c["er"], color=colour, lw=0.6, alpha=0.6, zorder=1)
+        axis.plot(c["id"], 100 * c["er"], color=colour, lw=0.6, alpha=0.6, zorder=1)
         rows += zip(*(100 * c[k] for k in ("id", "er", "er_lo", "er_hi")), strict=True)
     return rows
 
@@ -487,9 +492,9 @@ def main(argv=None):
     known |= {"pretraining": pretraining, "methods": methods}
     axis = argv.pop(0) if argv and not argv[0].startswith("-") else "strategies"
     (axis,) = common.choose(axis, known, "the first word")
-    config = common.parse(er_study.Config, argv, __doc__)
+    config = common.parse(Config, argv, __doc__)
     if config.plot:
-        testbed, lines, checkpoints = er_study.saved(config.plot)
+        testbed, lines, checkpoints = er_published.saved(config.plot)
     else:
         config, *world, bench = er_study.prepare(argv)
         testbed, lines, checkpoints = bench.testbed, bench.lines, []

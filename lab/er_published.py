@@ -1,21 +1,28 @@
-"""Tables and figures beside er_study.py: of published models, and of models known image by image.
+"""Tables and figures beside er_study.py: testbeds of published models, models known image by image,
+and trajectories from their files.
 
-    python lab/er_published.py all       # er_study.py --testbed all, and a figure of each testbed
+    python lab/er_published.py all       # CIFAR-10, ImageNet, the 2020 testbed: lines, ER, figures
     python lab/er_published.py FILE.npz  # a per-example table: dominance, images nobody gets right
+    python lab/er_published.py FILE.csv  # counts, or the public 2020 table (robustness_top1s.csv)
     python lab/er_published.py digits    # the same of the digits, with the runs in runs/er_study
+    python lab/er_published.py plot "runs/er_settings/cifar10/trajectories/*.csv"  # a report again
 
 Takes the flags of er_study.py. `digits` reads the trajectories of an `er_study.py` that has run, in
 --out, and draws what its own figure leaves out: both accuracies by step; what the runs get of the
 images that no testbed model gets right, beside what each testbed model gets of those that no other
 gets; and the dominance probability of pairs of models (of different accuracy, the share of images
 on which the worse one is right and the better one wrong), alone and with the zero-shot model.
+`plot` needs neither model nor images, and refuses files that contradict their testbed, which lies
+beside them.
 """
 
+import glob
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,12 +30,98 @@ import common  # noqa: E402
 import er_study  # noqa: E402
 from data import testbeds  # noqa: E402
 
+SCRATCH = "_epochs"  # in the names of the 2020 testbed's checkpoints of trainings from scratch
 GROUPS = {  # studied models of the 2020 testbed, by name
     "CLIP, zero-shot": "clip_zeroshot",
     "BiT-M, mapped zero-shot": "nonfinetuned",
     "BiT-M, fine-tuned": "ILSVRC2012",
-    "checkpoints from scratch": er_study.FROM_SCRATCH,
+    "checkpoints from scratch": SCRATCH,
 }
+BROKEN = "fv_16k"  # 28.3 % on ImageNet val, 2.5 to 3.2 % on every V2 set: left out
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read(name):
+    """A testbed by name or file. The public files that the embedded ones came from are read, too:
+    the 2020 table, in percent, and per-example tables, whose one broken model is left out.
+    """
+    if Path(name).suffix == ".csv" and Path(name).is_file():
+        if "role" not in testbeds.lines_of(name)[0][1]:
+            return read_percent(name)
+    testbed = testbeds.read(name)
+    if testbed.right and BROKEN in testbed.models:
+        print(f"{name}: {BROKEN} is left out: its public ImageNetV2 predictions are not its own")
+        kept = [i for i, model in enumerate(testbed.models) if model != BROKEN]
+        right, models = {s: r[kept] for s, r in testbed.right.items()}, np.array(testbed.models)
+        known = models[kept].tolist(), right, testbed.id_of, testbed.studied
+        return testbeds.known_by_image(testbed.name, *known)
+    return testbed
+
+
+def read_percent(path):
+    """The 2020 table: percent per setting. Its models and their roles are those of imagenet2020."""
+    known = testbeds.read("imagenet2020")
+    columns = {"model": str} | dict.fromkeys(known.n, testbeds.up_to(100, testbeds.number))
+    rows = {row["model"]: row for _, row in testbeds.read_csv(path, columns, unique=["model"])}
+    k = {}
+    for s, n in known.n.items():
+        found = np.array([rows[m][s] for m in known.models])
+        if np.nanmax(found) <= 1:
+            raise common.InputError(f"{path}, column {s}: nothing is above 1 %; shares of 1?")
+        k[s] = np.round(found * n / 100)
+    return replace(known, name=Path(path).stem, k=k)
+
+
+def saved(pattern):
+    """Testbed, lines and checkpoints of trajectory files; the testbed's file lies beside them."""
+    found = [Path(p) for p in sorted(glob.glob(os.path.expanduser(pattern)))]
+    paths = [p for p in found if p.name != "testbed.csv"]
+    beds = [p for p in (path.parent / "testbed.csv" for path in paths) if p.is_file()]
+    if not beds:
+        raise common.InputError(f"{pattern}: no trajectories, or no testbed.csv by them")
+    testbed = testbeds.read(beds[0])
+    lines = {ood: er_study.baseline(testbed, ood) for ood in testbed.id_of}
+    return testbed, lines, checked(paths, lines)
+
+
+def checked(paths, lines):
+    """[Checkpoint] of trajectory files that were measured with `lines` {shift: Line}. Raises
+    InputError where a row contradicts the lines, and where an evaluation is there twice.
+    """
+    found = {}
+    for path in paths:
+        for number, c in enumerate(er_study.read(path), 2):
+            problem = contradiction(c, lines)
+            if (c.run, c.step, c.shift) in found:
+                problem = f"step {c.step} of {c.run} is in another file, too"
+            if problem:
+                raise common.InputError(f"{path}, line {number}: {problem}")
+            found[c.run, c.step, c.shift] = c
+    return list(found.values())
+
+
+def contradiction(c, lines):
+    """What is wrong with the numbers of a Checkpoint, in words; "" if nothing is."""
+    if c.init not in er_study.KINDS:
+        return f"init {c.init!r}; expected {', '.join(er_study.KINDS)}"
+    if c.shift not in (*lines, "mean"):
+        return f"the testbed has no shift {c.shift!r}; it has {', '.join(lines)}"
+    for part in ("id", "val", "ood", "nobody"):
+        k, n = getattr(c, f"k_{part}") or 0, getattr(c, f"n_{part}") or 0
+        if k > n:
+            return f"k_{part} {k} of n_{part} {n}"
+    if c.shift == "mean":
+        return ""
+    expected = er_study.beta(c.k_id / c.n_id, lines[c.shift].slope, lines[c.shift].intercept)
+    er = c.k_ood / c.n_ood - expected
+    if abs(expected - c.beta) < 1e-6 and abs(er - c.er) < 1e-6:
+        return ""
+    return (
+        f"beta {c.beta} and er {c.er}, but the testbed's line gives {expected:.6f} and {er:.6f}:"
+        " it was measured with another testbed"
+    )
 
 
 # --- by image -------------------------------------------------------------------------------------
@@ -80,24 +173,23 @@ def print_by_image(testbed):
 
 
 def figure_published(config, testbed, lines, points):
-    """A panel per shift: testbed, line, studied models by group."""
+    """A panel per shift: testbed, line, studied models by group. points: [er_study.Point]"""
     path = f"{config.out}/figures/er_{common.slug(testbed.name).replace('-', '_')}"
     header = ["shift", "series", "model", "id", "ood"]
     with common.figure(path, header, columns=len(lines)) as ((axes,), numbers):
         for axis, (ood, line) in zip(axes, lines.items(), strict=True):
             acc = er_study.accuracies(testbed, line)
-            own = [p for p in points if p[1] == ood]
-            shown = np.concatenate([*acc, *(p[2:4] for p in own)])
+            own = [p for p in points if p.shift == ood]
+            shown = np.concatenate([*acc, *((p.id, p.ood) for p in own)])
             low, high = max(0.9 * shown.min(), 1e-3), 1 - 0.5 * (1 - shown.max())
             drawn = er_study.line_panel(axis, line, *acc, low, high)
             numbers += [(ood, "testbed", *row) for row in drawn]
             for name, pattern in GROUPS.items():
-                group = [(p[0], *p[2:4]) for p in own if pattern in p[0]]
+                group = [p for p in own if pattern in p.model]
                 if group:
-                    x, y = logit(np.array([row[1:] for row in group]).T)
-                    mark = "." if pattern == er_study.FROM_SCRATCH else "D"
-                    axis.plot(x, y, mark, ms=4, label=name)
-                numbers += [(ood, name, *row) for row in group]
+                    mark = "." if pattern == SCRATCH else "D"
+                    axis.plot([p.id for p in group], [p.ood for p in group], mark, ms=4, label=name)
+                numbers += [(ood, name, p.model, p.id, p.ood) for p in group]
         axes[0].legend(fontsize=7)
 
 
@@ -129,7 +221,7 @@ def figure_by_image(config, testbed, line, groups, zero_shot):
             plain = look | {"marker": ""}
             both_axis.plot(steps, 100 * c["id"], **plain)
             both_axis.plot(steps, 100 * c["ood"], **(plain | {"ls": "--", "label": None}))
-            nobody_axis.plot(er_study.on_logit_axis(c["id"]), 100 * nobody, **look)
+            nobody_axis.plot(er_study.shown(c["id"]), 100 * nobody, **look)
             numbers += [("nobody", name, *xy) for xy in zip(c["id"], nobody, strict=True)]
         title = f"ID (solid) and {line.ood} (dashed) by step"
         both_axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel="accuracy, %")
@@ -148,7 +240,7 @@ def nobody_panel(axis, testbed, line):
         found = [left_out(testbed.right[ood], i) for ood in testbed.id_of]
         k, n = sum(k for k, _ in found), sum(n for _, n in found)
         numbers.append(("nobody", testbed.models[i], acc_id, k / max(n, 1)))
-        axis.plot(er_study.on_logit_axis(acc_id), 100 * k / max(n, 1), "o", ms=3, color="0.6")
+        axis.plot(er_study.shown(acc_id), 100 * k / max(n, 1), "o", ms=3, color="0.6")
     axis.set(ylabel="right, %")
     text = "grey: testbed models, of what no other gets"
     axis.set_title(
@@ -178,7 +270,7 @@ def digits(argv):
     config, _, _, zero_shot, measurement = er_study.prepare(argv)
     testbed, lines = measurement.testbed, measurement.lines
     print_by_image(testbed)
-    _, _, checkpoints = er_study.saved(f"{config.out}/trajectories/*.csv")
+    _, _, checkpoints = saved(f"{config.out}/trajectories/*.csv")
     groups, shift = er_study.by_run(checkpoints), er_study.best_line(lines)
     right = er_study.score(measurement, zero_shot)
     figure_by_image(config, testbed, lines[shift], groups, right)
@@ -186,20 +278,48 @@ def digits(argv):
     return groups
 
 
+def print_studied(points, shifts):
+    """ER of each studied model; checkpoints from scratch, which are many, as a range."""
+    rows = {}
+    for p in points:
+        if SCRATCH not in p.model:
+            cells = rows.setdefault(p.model, [p.model, f"{100 * p.id:.1f}"])
+            spread = f"[{100 * p.low:+.2f}, {100 * p.high:+.2f}]"
+            cells.append(f"{100 * p.er:+.2f} {spread}{' *' * p.extrapolated}")
+    title = "effective robustness in points [95 %]; * ID accuracy outside the testbed's range (E3)"
+    print("\n" + common.table(["model", "ID", *shifts], rows.values(), title))
+    for s in shifts:
+        er = [100 * p.er for p in points if p.shift == s and SCRATCH in p.model]
+        if er:
+            spread = f"{min(er):+.2f} to {max(er):+.2f}, mean {np.mean(er):+.2f}"
+            print(f"{s}: {len(er)} checkpoints of trainings from scratch: ER {spread}")
+
+
+def published(config, name):
+    """A testbed's lines, the ER of the models beside it, a figure.  -> [er_study.Point]"""
+    testbed = read(name)
+    draws = min(config.draws, 200) if testbed.right else config.draws
+    lines, points = er_study.beside(replace(config, draws=draws), testbed)
+    points = list(points.values())
+    if points:
+        print_studied(points, list(lines))
+    if testbed.right:
+        print_by_image(testbed)
+    figure_published(config, testbed, lines, points)
+    return points
+
+
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "all"
     if name == "digits":
         return digits(argv)
-    config = common.parse(er_study.Config, ["--testbed", name, *argv], __doc__)
-    points = er_study.published(config)
-    for each in testbeds.PUBLISHED if name == "all" else [name]:
-        testbed = testbeds.read(each)
-        if testbed.right:
-            print_by_image(testbed)
-        lines = {ood: er_study.baseline(testbed, ood) for ood in testbed.id_of}
-        figure_published(config, testbed, lines, [p for p in points if p[1] in lines])
-    return points
+    if name == "plot":
+        pattern = argv.pop(0) if argv else ""
+        return er_study.report(common.parse(er_study.Config, argv, __doc__), *saved(pattern))
+    config = common.parse(er_study.Config, argv, __doc__)
+    every = ("cifar10", "imagenet", "imagenet2020")
+    return [p for each in (every if name == "all" else [name]) for p in published(config, each)]
 
 
 if __name__ == "__main__":

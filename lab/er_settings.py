@@ -6,7 +6,7 @@
     python lab/er_settings.py bit --data FOLDER                                      # E3, E5
     python lab/er_settings.py bit --data FOLDER --init random
     python lab/er_settings.py clip --data FOLDER                                     # E4
-    python er_study.py --plot "runs/er_settings/cifar10/trajectories/*.csv"   # all of them at once
+    python lab/er_published.py plot "runs/er_settings/cifar10/trajectories/*.csv"    # all at once
 
 cifar: one of six torchvision networks with a new head, all weights trained, every learning rate a
 run of its own. bit: a linear head on frozen features of a timm network; from a random start, all
@@ -226,7 +226,7 @@ def joined(a, b):
         for s, counts in part.k.items():
             k[s] = np.full(len(models), np.nan)
             k[s][rows] = counts
-    studied = tuple(dict.fromkeys([*a.studied, *b.studied]))
+    studied = a.studied | b.studied
     name = f"{a.name} and {b.name}"
     return testbeds.Testbed(name, models, a.n | b.n, k, a.id_of | b.id_of, {}, studied)
 
@@ -312,14 +312,9 @@ def subset(config, data):
 # --- train / evaluate -----------------------------------------------------------------------------
 
 
-class ConstantSGD(torch.optim.SGD):
-    """SGD whose rate stays what it was, whatever the training loop's schedule says."""
-
-    # Differs (E7): no schedule is mentioned in the text known to us
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["lr"] = group.get("initial_lr", group["lr"])
-        return super().step(closure)
+def constant(step, warmup, total):
+    """Factor on the learning rate."""
+    return 1.0  # Differs (E7): no schedule is mentioned in the text known to us
 
 
 @torch.inference_mode()
@@ -366,7 +361,7 @@ FIELDS = ("epochs", "batch", "momentum", "weight_decay", "size", "clip", "precis
 
 def sgd(config, module):
     decay = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-    return ConstantSGD(module.parameters(), config.lr, **decay)
+    return torch.optim.SGD(module.parameters(), config.lr, **decay)
 
 
 def whole(config, world, build, transforms, init, lr, seed):
@@ -394,6 +389,7 @@ def whole(config, world, build, transforms, init, lr, seed):
         training = common.new_training(
             used, name, model, sgd(config, model), loss_fn, batches_from, key
         )
+        training.schedule = constant
         for done in common.train_steps(used, training):
             if trajectory.lacks(done):
                 model.eval()
@@ -449,6 +445,7 @@ def head_only(config, world, features, lr, seed):
         training = common.new_training(
             used, name, head, sgd(config, head), loss_fn, batches_from, key
         )
+        training.schedule = constant
         for done in common.train_steps(used, training):
             if trajectory.lacks(done):
                 logits = {s: classified(head, features[s], device) for s in world.splits}

@@ -33,6 +33,7 @@ import bench_kernels  # noqa: E402
 
 import carot  # noqa: E402
 import spd  # noqa: E402
+import vrf  # noqa: E402
 from csrc import build  # noqa: E402
 
 KNN_SIZES = [(10_000, 100_000, 512, 1), (10_000, 100_000, 512, 100), (10_000, 100_000, 768, 1000),
@@ -108,7 +109,7 @@ def run_tests(report, device, kernels):
 
 def knn_peers(queries, reference, k):
     """{name: call -> distances [N]}; those that are not installed are named."""
-    calls = {"torch fp32 mm + topk": lambda: bench_kernels.in_tiles(True, queries, reference, k)}
+    calls = {"vrf.knn_kth_distance": lambda: vrf.knn_kth_distance(queries, reference, k)}
     try:
         from flashlib import flash_knn
 

@@ -1,10 +1,12 @@
 """What AdamSPD does inside, and its neighbours: runs and figures beyond spd.py's table.
 
-    python lab/spd_ablations.py all                       # digits, 12 minutes of one core
+    python lab/spd_ablations.py all                       # digits, 14 minutes of one core
     python lab/spd_ablations.py rules --data /imagenet    # one of them; takes every flag of spd.py
 
+    demo    the first author's demo: paths on Himmelblau's function, both conditions
     inside  firing by step, gamma_t of one tensor, histogram of r_t; strengths 0, 0.5, 1, 2
-    rules   SPD with either condition, L2-SP in the step and in the loss, cautious decay
+    rules   SPD with either condition, L2-SP in the step and in the loss; extensions of ours: SPD
+            gated by the update, cautious decay
     heads   the classifier anchored at its start, or free (S2)
     lora    PEFT: LoRA on the image tower, AdamW against SPD with the zero anchor (pip install peft)
 
@@ -37,27 +39,71 @@ def accuracies(config, data, clip, start, models):
     return ["method", *splits, "avg shift", "deviation"], rows
 
 
+# --- demo -----------------------------------------------------------------------------------------
+
+START, STRENGTHS = (0.0, -2.0), (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def himmelblau(x, y):
+    return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
+
+
+def path(strength, condition, steps=100):
+    """AdamSPD on Himmelblau's function, each coordinate a tensor of its own. The rate, 0.6, was
+    inferred from the demo's plot.  -> [steps + 1, 2], the optimiser's report
+    """
+    params = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in START]
+    optimiser = spd.AdamSPD(params, lr=0.6, spd_lambda=strength, condition=condition)
+    seen = [START]
+    for _ in range(steps):
+        optimiser.zero_grad()
+        himmelblau(*params).backward()
+        optimiser.step()
+        seen.append([p.item() for p in params])
+    return torch.tensor(seen), optimiser.report()
+
+
+def demo(config, *_):
+    """Where five strengths end, by either condition."""
+    rows, x = [], torch.linspace(-6, 6, 241)
+    height = himmelblau(x[None], x[:, None]).log1p()
+    header = ["condition", "strength", "step", "x", "y"]
+    with common.figure(f"{config.out}/figures/demo", header, columns=2) as (axes, numbers):
+        for axis, condition in zip(axes[0], ("paper", "code"), strict=True):
+            axis.contour(x, x, height, 20, colors="0.85", linewidths=0.7, zorder=0)
+            for strength in STRENGTHS:
+                seen, report = path(strength, condition)
+                axis.plot(*seen.T, ".-", ms=3, lw=1, label=f"strength {strength:g}")
+                end = f"({seen[-1, 0]:+.2f}, {seen[-1, 1]:+.2f})"
+                rows.append([f"{condition} {strength:g}", end, f"{report['fired']:.0%}"])
+                points = enumerate(seen.tolist())
+                numbers += [(condition, strength, i, *point) for i, point in points]
+            axis.plot(*START, "k*", ms=9, label="start and anchor")
+            title = {"paper": "Alg. 2: accumulated", "code": "of each step alone"}[condition]
+            axis.set(title=f"condition {title}", xlim=(-2, 6), ylim=(-4, 4))
+        axes[0, 1].legend(fontsize=7, loc="upper left")
+    print("\n" + common.table(["condition", "end", "fired"], rows, "Himmelblau's function"))
+
+
 # --- inside ---------------------------------------------------------------------------------------
 
 
 class Recorded(spd.AdamSPD):
     """AdamSPD that keeps c_t, r_t and gamma_{t-1} of its T tensors in `seen`: [T, 3] of a step."""
 
-    def update(self, tensors, step, group, conditions):
-        sums = torch.zeros(len(tensors[0]), 3, dtype=torch.float64, device=tensors[0][0].device)
-        options = group["lr"], group["betas"], group["eps"], group["spd_lambda"]
-        spd.spd_step(*tensors, step, *options, conditions, sums)
+    def update(self, tensors, step, group, conditions, sums):
+        super().update(tensors, step, group, conditions, sums)
         s1, s2, s3 = sums.unbind(1)
-        c = -s1 if conditions is None else conditions.clone()
+        c = -s1 if conditions is None else conditions
         self.seen.append(torch.stack([c, spd.deviation_ratio(s2, s3), s2.sqrt()], 1).cpu())
 
 
 def record(config, data, clip, start, strength):
     """c_t, r_t and gamma_{t-1} of every tensor at every step.  -> [steps, T, 3]"""
     model = copy.deepcopy(start)
-    optimiser = Recorded(model.parameters(), lr=config.lr, spd_lambda=strength,
-                         condition=config.condition)  # fmt: skip
-    optimiser.seen = []
+    condition = "paper" if config.condition == "paper" else "code"
+    options = {"lr": config.lr, "spd_lambda": strength, "condition": condition}
+    optimiser, optimiser.seen = Recorded(model.parameters(), **options), []
     config = replace(config, resume=False)  # a continued run would lack the first steps
     name, key = f"SPD {strength:g}, recorded", {"strength": strength}
     training = common.image_training(config, name, model, data.train, clip, None, optimiser, key)
@@ -109,7 +155,7 @@ class CoupledL2SP(spd.AdamSPD):
     another one and pulls after the step.
     """
 
-    def update(self, tensors, step, group, conditions):
+    def update(self, tensors, step, group, conditions, sums):
         params, anchors, grads, *moments = tensors
         lists = zip(grads, params, anchors, strict=True)
         grads = [g + group["spd_lambda"] * (p - a) for g, p, a in lists]
@@ -120,7 +166,7 @@ class CoupledL2SP(spd.AdamSPD):
 class CautiousDecay(spd.AdamSPD):
     """Not the paper's: decay towards theta_0 as cautious weight decay (ICLR 2026) has it to 0."""
 
-    def update(self, tensors, step, group, conditions):
+    def update(self, tensors, step, group, conditions, sums):
         amount = group["lr"] * group["spd_lambda"]
         for before, anchor, *rest in zip(*tensors, strict=True):
             after = spd.adam(before, *rest, step, group["lr"], group["betas"], group["eps"])
@@ -133,17 +179,38 @@ def cautious(before, after, anchor, amount):
     return after - amount * distance * ((before - after) * distance >= 0)
 
 
+class UpdateGated(spd.AdamSPD):
+    """Not the paper's: SPD whose gate is the update and not the gradient, and the element and not
+    the tensor, as that of cautious weight decay. Where a tensor moves outwards (r_t > 0), those of
+    its elements that Adam's step moves towards theta_0 are pulled by lambda r_t. For whole tensors
+    the gate would hardly ever open: r_t = 0 where a tensor moves towards theta_0.
+    """
+
+    def update(self, tensors, step, group, conditions, sums):
+        for before, anchor, *rest in zip(*tensors, strict=True):
+            after = spd.adam(before, *rest, step, group["lr"], group["betas"], group["eps"])
+            r = spd.deviation_ratio(*spd.squared_deviations(before, after, anchor))
+            before.copy_(gated_by_update(before, after, anchor, group["spd_lambda"] * r))
+
+
+def gated_by_update(before, after, anchor, amount):
+    """theta~ - amount (theta~ - theta_0) for elements whose step goes back.  [...] -> [...]"""
+    back = (after - before) * (before - anchor) < 0
+    return torch.where(back, torch.lerp(after, anchor, amount.to(after.dtype)), after)
+
+
 RULES = {  # the optimiser, its options, three strengths
     "spd": (spd.AdamSPD, {"condition": "code"}, (0.5, 1, 2)),
     "spd accumulated": (spd.AdamSPD, {"condition": "paper"}, (0.5, 1, 2)),
     "l2-sp": (spd.AdamL2SP, {}, (10, 30, 100)),
     "l2-sp coupled": (CoupledL2SP, {}, (1e-4, 1e-3, 1e-2)),
+    "spd by update": (UpdateGated, {}, (0.5, 1, 2)),
     "cautious": (CautiousDecay, {}, (10, 30, 100)),
 }
 
 
 def rules(config, data, clip, start):
-    """One recipe, five regularisers, at three strengths each."""
+    """One recipe, six regularisers, at three strengths each."""
     models = {"zero-shot": start}
     for rule, (optimiser, options, strengths) in RULES.items():
         for strength in strengths:
@@ -157,15 +224,25 @@ def rules(config, data, clip, start):
             models[name] = spd.train(config, name, data, clip, start, make, key)
     header, rows = accuracies(config, data, clip, start, models)
     print("\n" + common.table(header, rows, "accuracy in %, by regulariser and strength"))
-    with common.figure(f"{config.out}/figures/rules", header) as (axes, numbers):
-        axis = axes[0, 0]
+    with common.figure(f"{config.out}/figures/rules", header, columns=2) as (axes, numbers):
+        left, right = axes[0]
         for rule, (_, _, strengths) in RULES.items():
             own = [r for r in rows if r[0] in [f"{rule} {x:g}" for x in strengths]]
             id_accuracy, shift = [float(r[1]) for r in own], [float(r[-2]) for r in own]
-            axis.plot(id_accuracy, shift, "o-", ms=4, label=rule)
-        axis.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
-        axis.legend()
+            left.plot(id_accuracy, shift, "o-", ms=4, label=rule)
+            name = f"{rule} {strengths[1 % len(strengths)]:g}"
+            right.plot(deviations(models[name], start), "o-", ms=3, label=name)
+        left.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
+        right.set(xlabel="weight tensor, in network order", ylabel="deviation")
+        left.legend(fontsize=7)
+        right.legend(fontsize=7)
         numbers += rows
+
+
+def deviations(model, start):
+    """||theta_T - theta_0|| of every weight tensor, in network order."""
+    pairs = zip(model.named_parameters(), start.parameters(), strict=True)
+    return [(p - q).norm().item() for (name, p), q in pairs if name.endswith("weight")]
 
 
 # --- heads, lora ----------------------------------------------------------------------------------
@@ -212,7 +289,7 @@ def lora(config, data, clip, start, rank=8):
     print("\n" + common.table(header, rows, f"accuracy in %, LoRA of rank {rank}, last epoch"))
 
 
-ABLATIONS = {f.__name__: f for f in (inside, rules, heads, lora)}
+ABLATIONS = {f.__name__: f for f in (demo, inside, rules, heads, lora)}
 
 
 def main(argv=None):

@@ -1,5 +1,7 @@
 """lab/carot_ablations.py: each ablation on a few digits; its measures, losses and corruptions."""
 
+import copy
+import csv
 import dataclasses
 import math
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 import carot
 import common
+import vrf
 
 DIGITS = common.open_data("digits").test.images[:60:6]
 
@@ -102,26 +105,6 @@ def test_a_missing_corruption_or_severity_is_named(tmp_path):
 # measures and losses
 
 
-def test_ece_measures_of_four_images_by_hand():
-    p = torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.35, 0.65], [0.45, 0.55]])
-    labels = torch.tensor([0, 1, 1, 0])  # right, wrong, right, wrong
-    assert common.ece(p, labels) == pytest.approx((0 + 0.75 + 0.35 + 0.55) / 4)
-    in_two = ablations.adaptive_ece(p, labels, bins=2)  # {.55 wrong, .65 right}, {.75, 1 right}
-    assert in_two == pytest.approx((abs(1 - 1.2) + abs(1 - 1.75)) / 4)
-    of_class_0 = 0 + 0.75 + 0.35 + 0.55  # every p_0 is alone in its bin; p_1 = 1 - p_0 mirrors it
-    assert ablations.classwise_ece(p, labels) == pytest.approx(of_class_0 / 4)
-    squares = 0 + 2 * 0.75**2 + 2 * 0.35**2 + 2 * 0.55**2
-    assert ablations.brier(p, labels) == pytest.approx(squares / 4)
-
-
-def test_ece_of_one_bin_is_the_gap_of_the_means_and_empty_bins_cost_nothing():
-    p, labels = torch.tensor([[0.9, 0.1]] * 10), torch.tensor([0] * 7 + [1] * 3)
-    for f in (common.ece, ablations.adaptive_ece, ablations.classwise_ece):
-        assert f(p, labels, bins=1) == pytest.approx(0.2, abs=1e-6)
-    for f in (common.ece, ablations.classwise_ece):
-        assert f(p, labels, bins=10) == pytest.approx(0.2, abs=1e-6)
-
-
 def test_both_temperatures_undo_overconfidence_and_the_papers_has_the_least_ece_of_its_grid():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4000, 5, generator=generator) * 2
@@ -151,11 +134,18 @@ def test_reliability_has_every_image_once_and_gives_the_pooled_ece():
     assert ablations.pooled_ece(bins) == pytest.approx(common.ece(p, (~right.flatten()).long()))
 
 
-def test_rivals_of_the_constraint_by_hand():
-    W = torch.diag(torch.tensor([3.0, 0.5]))
-    assert ablations.singular_values_to_one(W).item() == pytest.approx(4 + 0.25)
+def test_the_rival_of_the_constraint_by_hand():
     f = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-2.0, 0.0], [0.0, -1.0]])  # variances 2 and 1/2
     assert ablations.minus_sigma_min(f).item() == pytest.approx(-0.5)
+
+
+def test_label_smoothing_moves_a_tenth_of_every_target_to_the_whole_batch():
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 0.0, 0.0]])
+    target = 0.9 * torch.eye(3) + 0.1 / 3
+    rows, columns = (-(target * z.log_softmax(1)).sum(1).mean() for z in (logits, logits.T))
+    none = carot.Config(oc=0.0, sd=0.0, cross_fnorm=0.0)
+    loss = ablations.with_label_smoothing(none, None, logits, None, None, None)
+    torch.testing.assert_close(loss, (rows + columns) / 2)
 
 
 # the ablations
@@ -179,29 +169,26 @@ def test_every_ablation_prints_its_table(name, setting, capsys, monkeypatch):
     ablations.ABLATIONS[name](setting)
     out = capsys.readouterr().out
     assert "\n-----" in out
-    assert (f"figures/{name}.png" in out) == (name not in ("measures", "temperature"))
+    assert (f"figures/{name}.png" in out) == (name != "temperature")
 
 
 def lines(out, start):
     return [x.split() for x in out.splitlines() if x.split()[:1] == [start]]
 
 
-def test_table_4s_ends_are_zero_shot_flyp_and_carot_and_are_trained_once(setting, capsys):
+def test_table_4s_ends_are_ft_flyp_and_carot(setting, capsys):
     config, data, clip = setting.config, setting.data, setting.clip
     rows = carot.evaluate(config, data, clip, ablations.models_of(setting, 0), 0)
     capsys.readouterr()
     ablations.components(setting)  # by the tests before; here all checkpoints are read
     out = capsys.readouterr().out
-    assert out.count("trained before, read from") == 7
-    table = [x.split() for x in out.splitlines() if x[:1] in ("x", "-")]
-    of = {tuple(x[:3]): x[3:] for x in table if len(x) == 8}
+    assert out.count("trained before, read from") == 8
+    of = {tuple(x[:3]): x[3:] for m in ("cross-entropy", "L_MCL") for x in lines(out, m)}
     assert len(of) == 8
-    for key, method in (("---", "ZS"), ("x--", "FLYP"), ("xxx", "CaRot")):
-        (row,) = [r for r in rows if r.method == method]
-        accuracy, ece = common.accuracies([row], method), row.numbers["measures"]["ECE"]
-        numbers = [accuracy["test"], ece["test"], common.mean_shift(accuracy)]
-        numbers += [common.mean_shift(ece), row.numbers["spectrum"][-1]]
-        assert of[tuple(key)] == ablations.cells(numbers)
+    ends = {"FT": ("cross-entropy", "-", "-"), "FLYP": ("L_MCL", "-", "-")}
+    for method, key in (ends | {"CaRot": ("L_MCL", "x", "x")}).items():
+        row = [r for r in rows if r.method == method]
+        assert of[key] == ablations.cells(ablations.means_of(row))
 
 
 def test_another_loss_is_another_training_and_carots_own_loss_gives_carot(setting):
@@ -210,19 +197,44 @@ def test_another_loss_is_another_training_and_carots_own_loss_gives_carot(settin
 
     same = ablations.tuned(setting, 0, "same", own).state_dict()
     carots = ablations.tuned(setting, 0).state_dict()
-    other = ablations.tuned(setting, 0, "same", ablations.without_mcl).state_dict()
+    other = ablations.tuned(setting, 0, "same", ablations.with_sigma_min).state_dict()
     assert all(torch.equal(same[k], carots[k]) for k in same)
     assert not torch.equal(other["head.weight"], same["head.weight"])
 
 
-def test_wise_fts_ends_are_zero_shot_and_the_tuned_model(setting, capsys):
+def test_naive_fine_tuning_without_terms_is_ft_and_each_term_changes_it(setting):
+    ft = ablations.models_of(setting, 0)["FT"].state_dict()
+    plain, oc, sd = (ablations.naive(setting, 0, *x) for x in ((0, 0), (0.2, 0), (0, 1.5)))
+    assert all(torch.equal(x, ft[k]) for k, x in plain.state_dict().items())
+    assert not any(torch.equal(m.head.weight, ft["head.weight"]) for m in (oc, sd))
+
+
+def test_wise_fts_ends_are_zero_shot_and_the_tuned_model(setting):
     ablations.wise(setting)
-    out = capsys.readouterr().out
-    ends = {m: {x[1]: x[2:] for x in lines(out, m)} for m in ("FT", "FLYP", "CaRot")}
-    assert ends["FT"]["0"] == ends["FLYP"]["0"] == ends["CaRot"]["0"]
-    assert all(e["0"] != e["1"] for e in ends.values())
-    mixed = ablations.measure(setting, lambda seed: ablations.models_of(setting, seed)["CaRot"])
-    assert ends["CaRot"]["1"] == ablations.cells(mixed)
+    models = ablations.models_of(setting, 0)
+    with open(setting.config.out + "/figures/wise.csv", newline="") as file:
+        curves = {(x["method"], x["alpha"]): list(x.values())[2:] for x in csv.DictReader(file)}
+    assert len(curves) == 4 * 11
+    for m in ("FT", "CaRot"):
+        ends = {"0.0": "ZS", "1.0": m}
+        for alpha, name in ends.items():
+            model = models[name]
+            numbers = ablations.measure(setting, lambda seed, model=model: model)
+            assert curves[m, alpha] == ablations.cells(numbers)
+
+
+def test_wise_ft_takes_the_alpha_of_least_ece_on_id_val(setting, capsys):
+    ablations.wise(setting)
+    (_, chosen) = lines(capsys.readouterr().out, "CaRot")
+    models, eces = ablations.models_of(setting, 0), {}
+    for alpha in [i / 10 for i in range(11)]:
+        mixed = copy.deepcopy(models["CaRot"])
+        mixed.load_state_dict(
+            vrf.wse(models["ZS"].state_dict(), models["CaRot"].state_dict(), alpha)
+        )
+        val = common.predict(setting.config, {"": mixed}, setting.data.val, setting.clip)[""]
+        eces[alpha] = common.ece(val.logits.softmax(1), val.labels)
+    assert float(chosen[1]) == min(eces, key=eces.get)
 
 
 def test_an_unknown_ablation_gets_the_nearest_name():

@@ -6,6 +6,8 @@ import emulator
 import pytest
 import torch
 
+from csrc import ops
+
 pytestmark = pytest.mark.skipif(
     emulator.compiler() is None, reason="g++ not found: it compiles the CUDA kernels for the CPU"
 )
@@ -18,21 +20,18 @@ def replace(text, old, new):
 
 
 def small(text):
-    """k-NN with limits that small data reaches: several slabs, two batches, k above the limit."""
-    text = replace(text, "kFirstSlab = 16 * kTile, kGrowth = 8", "kFirstSlab = kTile, kGrowth = 2")
-    text = replace(text, "kLargestFastK = 16384", "kLargestFastK = 40")
-    return text.replace("8192", "kTile")
+    """k-NN with slabs that small data fills."""
+    return replace(text, "kFirstSlab = 16 * kTile, kGrowth = 8", "kFirstSlab = kTile, kGrowth = 2")
 
 
 def small_without_fallback(text):
     """As `small`, and queries that the filter cannot decide stay NaN."""
-    fallback = "brute(x, n, reference, m, d, k, p.queries.redo, out, queue)"
-    return small(replace(text, fallback, "launch_error()"))
+    return small(replace(text, "knn_brute_kernel<<<n, kThreads, 0, queue>>>(b);", ""))
 
 
 def brute_alone(text):
-    """Every k above the limit: nothing is filtered."""
-    return replace(text, "kLargestFastK = 16384", "kLargestFastK = 0")
+    """The filter decides nothing."""
+    return replace(text, "bool decided = count >= k", "bool decided = count > b.capacity")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_knn_first_slab_of_full_size_is_followed_by_a_bound(knn):
 
 
 @pytest.mark.parametrize("k", [1, 7, 30])
-def test_knn_is_exact_on_rows_that_bf16_cannot_tell_apart(filter_alone, k):
+def test_knn_is_exact_on_rows_that_fp16_cannot_tell_apart(filter_alone, k):
     queries = cuda_cases.features(4, 64, 7)
     reference = cuda_cases.indistinct(queries, 200, 8)
     assert_exact(filter_alone.knn_kth_distance(queries, reference, k), queries, reference, k)
@@ -147,17 +146,11 @@ def test_knn_leaves_scores_that_overflow_to_brute_force(small_knn, filter_alone)
     assert_exact(small_knn.knn_kth_distance(queries, reference, 3), queries, reference, 3)
 
 
-def test_knn_takes_any_k_and_several_batches_of_queries(small_knn):
+def test_knn_takes_any_k_and_several_batches_of_queries(small_knn, monkeypatch):
+    monkeypatch.setattr(ops, "MOST_QUERIES", 128)
     queries, reference = cuda_cases.features(130, 3, 13), cuda_cases.features(50, 3, 14)
-    for k in (1, 40):
+    for k in (1, 40, 50):
         assert_exact(small_knn.knn_kth_distance(queries, reference, k), queries, reference, k)
-    assert_exact(small_knn.knn_kth_distance(queries[:2], reference, 50), queries[:2], reference, 50)
-
-
-def test_knn_rounds_to_fp16_where_tensor_cores_know_no_bf16():
-    knn = emulator.load("knn_kth_distance", small_without_fallback, ("-D__CUDA_ARCH__=750",))
-    queries, reference = cuda_cases.features(3, 40, 15), cuda_cases.features(200, 40, 16)
-    assert_exact(knn.knn_kth_distance(queries, reference, 9), queries, reference, 9)
 
 
 def test_knn_of_no_queries_is_empty(knn):

@@ -103,7 +103,7 @@ def test_counts_by_image_of_the_public_cifar_testbed(shared):
 
 
 def test_counts_by_image_of_the_public_imagenet_testbed(shared, capsys):
-    bed = testbeds.read(shared / "imagenet_testbed.npz")
+    bed = er_published.read(shared / "imagenet_testbed.npz")
     assert "fv_16k is left out" in capsys.readouterr().out
     nobody = [int(er_study.nobody_right(r).sum()) for r in bed.right.values()]
     assert nobody == [2397, 942, 503, 322]
@@ -116,7 +116,10 @@ def test_counts_by_image_of_the_public_imagenet_testbed(shared, capsys):
 
 
 def test_the_public_2020_table_gives_the_embedded_counts(shared):
-    table, embedded = testbeds.read(shared / "robustness_top1s.csv"), testbeds.read("imagenet2020")
+    table, embedded = (
+        er_published.read(shared / "robustness_top1s.csv"),
+        testbeds.read("imagenet2020"),
+    )
     for s in embedded.n:
         np.testing.assert_array_equal(table.k[s], embedded.k[s])
 

@@ -18,7 +18,7 @@ from test_data import FOUR, objectnet, png, put  # noqa: E402
 import common  # noqa: E402
 import er_study  # noqa: E402
 from data import images, testbeds, trees  # noqa: E402
-from lab import er_axes, er_settings, networks  # noqa: E402
+from lab import er_axes, er_published, er_settings, networks  # noqa: E402
 
 TINY = ["--model", "tiny_clip", "--weights", str(common.EMBEDDED / "tiny_clip.npz")]
 
@@ -58,7 +58,7 @@ def run(*words, script=er_settings):
 
 
 def replayed(out):
-    return run("--plot", f"{out}/trajectories/*.csv", "--out", out, script=er_study)[1]
+    return run("plot", f"{out}/trajectories/*.csv", "--out", out, script=er_published)[1]
 
 
 def small(tree, out, *words):
@@ -70,9 +70,9 @@ SMALL = ["--weights", "random", "--size", 32, "--epochs", 2, "--lr", "0.01", "--
 
 def rows_of(out):
     """{file: checkpoints}"""
-    _, lines, _ = er_study.saved(f"{out}/trajectories/*.csv")
+    er_published.saved(f"{out}/trajectories/*.csv")  # nothing contradicts the lines
     paths = sorted(p for p in Path(out).glob("trajectories/*.csv") if p.stem != "testbed")
-    return {p.name: er_study.read([p], lines) for p in paths}
+    return {p.name: er_study.read(p) for p in paths}
 
 
 # recipes

@@ -83,6 +83,20 @@ def test_a_missing_package_is_a_sentence():
     fails_with("expected positive numbers", compared, settings("--spd-lambda", "x"), line())
 
 
+def test_a_batch_in_pieces_is_the_batch_and_the_rate_ends_at_its_share():
+    ends = []
+    for words in ("", "--micro 3"):
+        model = line()
+        del model[1]  # statistics of a piece are not those of the batch
+        rows = compared(settings("--lr", "0.01", "--lr-end", "0.5", *words.split()), model)
+        ends.append([rows[-1]["home"], model[0].weight.detach().clone()])
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    torch.testing.assert_close(ends[0][1], ends[1][1])
+    still = line()
+    compared(settings("--lr", "0.01", "--lr-end", "1", "--warmup", "1000"), still)
+    assert (still[0].weight - line()[0].weight).abs().max() > 0.025
+
+
 # segmentation
 
 

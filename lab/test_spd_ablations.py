@@ -31,6 +31,19 @@ def numbers(text, start):
     return [float(x) for x in line.removeprefix(start).split()]
 
 
+def test_the_demo_ends_in_the_minimum_that_the_condition_says(words):
+    """At strength 0.25 the accumulated condition holds the path near the start, that of each step
+    alone does not; the first author's plot shows the former.
+    """
+    near, far = torch.tensor([3.584, -1.848]), torch.tensor([3.0, 2.0])
+    ends = {c: ablations.path(0.25, c)[0][-1].float() for c in ("paper", "code")}
+    assert (ends["paper"] - near).norm() < 0.1 and (ends["code"] - far).norm() < 0.1
+    free, report = ablations.path(0.0, "code")
+    assert (free[-1].float() - far).norm() < 0.1 and report["decay"] == 0 < report["fired"]
+    ablations.main(["demo", *words])
+    assert Path(words[3], "figures", "demo.png").is_file()
+
+
 def test_inside_records_every_step_and_strength_holds_the_weights_nearer(words, capsys):
     ablations.main(["inside", *words])
     text = capsys.readouterr().out
@@ -66,13 +79,20 @@ def test_cautious_decay_moves_only_elements_that_already_go_back():
     torch.testing.assert_close(found, torch.tensor([0.4, 1.1]))
 
 
+def test_the_gate_by_the_update_pulls_only_elements_that_go_back():
+    anchor, before = torch.zeros(3), torch.ones(3)
+    after = torch.tensor([0.9, 1.4, -0.1])  # back, on, back beyond the anchor
+    found = ablations.gated_by_update(before, after, anchor, torch.tensor(0.5))
+    torch.testing.assert_close(found, torch.tensor([0.45, 1.4, -0.05]))
+
+
 def test_rules_has_a_row_for_each_rule_and_strength(words, capsys, monkeypatch):
     short = {name: (*rule[:2], rule[2][-1:]) for name, rule in ablations.RULES.items()}
     monkeypatch.setattr(ablations, "RULES", short)
     ablations.main(["rules", *words])
     text = capsys.readouterr().out
     ends = [numbers(text, f"{name} {rule[2][0]:g}")[-1] for name, rule in short.items()]
-    assert len(set(ends)) == 5 and min(ends) > 0
+    assert len(set(ends)) == 6 and min(ends) > 0
 
 
 def test_heads_has_a_row_for_each_anchor(words, capsys):

@@ -1,6 +1,8 @@
 """lab/vrf_ablations.py: its equations by hand, and every ablation once on the digits."""
 
+import csv
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -57,6 +59,24 @@ def test_linear_and_binary_weights_by_hand():
     assert ablations.binary_weight(d, 2.0, 0.8).tolist() == [1, 1, 1, 0, 0]
 
 
+def test_ratio_of_accuracies_by_hand_and_nan_where_zero_shot_is_never_right():
+    zs = F.one_hot(torch.tensor([0, 1, 1, 1]), 2).float()
+    ft = F.one_hot(torch.tensor([0, 0, 0, 1]), 2).float()
+    x = vrf.Samples(None, zs, ft, torch.zeros(4).long())
+    rows = ablations.ratio_by_distance({"a": torch.tensor([0.0, 0.0, 1.0, 1.0])}, {"a": x})
+    assert rows[0][1:] == (2.0, 0.5, 1.0, 2)
+    assert math.isnan(rows[-1][1]) and rows[-1][2:] == (0.0, 0.5, 2)
+
+
+def test_windows_cover_the_bulk_of_the_distances():
+    d = np.linspace(0, 10, 1001)
+    found = ablations.windows(d)
+    assert found[0] == pytest.approx((0.0, 0.1, 0.2)) and found[-1][1] == pytest.approx(9.9)
+    narrow = ablations.windows(d / 100)  # eight windows even then
+    assert len(narrow) == 9 and narrow[1][1] - narrow[0][1] == pytest.approx(0.098 / 8)
+    assert ablations.windows(torch.full((5,), math.inf)) == []  # there is no failure set
+
+
 # on the digits
 
 
@@ -94,9 +114,17 @@ def test_a_sweeps_ends_are_zero_shot_and_fine_tuned(setting, capsys):
 
 def test_the_temperature_of_the_code_gives_vrfs_own_row(setting, capsys):
     by_criterion = {line[0]: line[3:] for line in table_of(capsys, ablations.calibration, setting)}
-    own = ablations.vrf_row(setting, "", setting.found.d)
+    own = ablations.vrf_row(setting, "", setting.outcome.d)
     assert by_criterion["confidence"] == [own[1], *(f"{x:.1f}" for x in own[2:])]
     assert by_criterion["off"] != by_criterion["confidence"]
+
+
+def test_the_codes_search_stops_within_a_thousandth_of_the_accuracy():
+    logits, labels = torch.tensor([[2.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1])
+    exact = 2 / math.log(3)  # where sigmoid(2 / T) = 3/4; .001 of confidence is .0089 of T
+    found = ablations.code_temperature(logits, labels)
+    assert found == pytest.approx(exact, abs=0.009) and found != pytest.approx(exact, abs=1e-6)
+    assert ablations.code_temperature(100 * logits, labels) == pytest.approx(100 * exact, abs=0.9)
 
 
 def test_controls_print_six_rows_of_each_model_and_an_oracle_is_never_behind(setting, capsys):
@@ -123,17 +151,18 @@ def test_an_oracle_is_tuned_on_the_set_itself():
 def test_the_ensemble_of_logits_is_by_hand():
     zs, ft = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 1.0]])  # over T: (2, 0), (0, 2)
     labels = torch.tensor([1])
-    of = {"ZS": common.Prediction(None, zs, labels), "FT": common.Prediction(None, ft, labels)}
-    row = ablations.lse_row({"val": of, "test": of}, "FT", 0, {"ZS": 2.0, "FT": 0.5})
+    v = torch.ones(1, 1)
+    of = {"ZS": common.Prediction(v, zs, labels), "FT": common.Prediction(v, ft, labels)}
+    row = vrf.ose_row("", 0, ablations.logits_of({"val": of, "test": of}, "FT", 2.0, 0.5))
     assert row.choice == 0.6  # at 0.5 both classes are level, and the first of them is wrong
     assert row.right["test"].all()
 
 
 def test_the_source_of_eq_3_gives_vrfs_own_row(setting, capsys):
     lines = table_of(capsys, ablations.source, setting)
-    own = ablations.vrf_row(setting, "", setting.found.d)
+    own = ablations.vrf_row(setting, "", setting.outcome.d)
     assert lines[0][3:] == [own[1], *(f"{x:.1f}" for x in own[2:])]
-    assert len(ablations.zero_shot_failures(setting)) == len(setting.found.V)
+    assert len(ablations.zero_shot_failures(setting)) == len(setting.outcome.V)
 
 
 def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(
@@ -141,12 +170,15 @@ def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(
 ):
     n, labels = 100, torch.zeros(100).long()
     zs, ft = torch.tensor([[0.0, 1.0]] * n), torch.tensor([[1.0, 0.0]] * n)  # FT right, ZS wrong
-    x = vrf.Samples(torch.zeros(n, 1), zs, ft, labels)
-    of = {"ZS": common.Prediction(None, zs, labels), "E2E-FT": common.Prediction(None, ft, labels)}
-    sets = {"val": x, common.ID: x, "far": dataclasses.replace(x, v=torch.ones(n, 1))}
-    found = dataclasses.replace(setting.found, d={s: torch.ones(n) for s in sets})
+    sets = dict.fromkeys(("val", common.ID, "far"), vrf.Samples(None, zs, ft, labels))
+    predictions = {}
+    for split in sets:
+        v = torch.full((n, 1), float(split == "far"))
+        logits = {"ZS": zs, "E2E-FT": ft}
+        predictions[split] = {m: common.Prediction(v, x, labels) for m, x in logits.items()}
+    outcome = dataclasses.replace(setting.outcome, d={s: torch.ones(n) for s in sets})
     s = dataclasses.replace(
-        setting, raw=sets, calibrated=sets, predictions=dict.fromkeys(sets, of), found=found
+        setting, raw=sets, calibrated=sets, predictions=predictions, outcome=outcome
     )
     monkeypatch.setattr(
         ablations,
@@ -171,13 +203,29 @@ def test_detectors_by_hand_and_far_features_score_lower(setting):
     torch.testing.assert_close(near["Relative Mahalanobis"], by_all - by_class)
 
 
+def test_the_figure_of_distance_has_the_ratio_of_all_sets_and_the_weight(setting):
+    ablations.ratio(setting)
+    with open(f"{setting.config.out}/figures/distance.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    bins = ablations.ratio_by_distance(
+        setting.outcome.d, {s: setting.raw[s] for s in setting.tests}
+    )
+    drawn = {"accuracy ratio, FT / ZS": [b[1] for b in bins]}
+    drawn["w(x), weight of FT"] = vrf.weight(
+        torch.tensor([b[0] for b in bins]), *setting.outcome.ab
+    )
+    for series, expected in drawn.items():
+        found = [float(row["y"]) for row in table if row["series"] == series]
+        assert found == pytest.approx([float(y) for y in expected], nan_ok=True)
+
+
 def test_g_star_is_one_where_only_zero_shot_varies(setting, capsys):
     n, labels = 200, torch.arange(200) % 2
     zs = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).softmax(1)
     x = vrf.Samples(None, zs, F.one_hot(labels, 2).float(), labels)
     sets = {"val": x, common.ID: x}
-    found = dataclasses.replace(setting.found, d={s: torch.linspace(0, 1, n) for s in sets})
-    s = dataclasses.replace(setting, raw=sets, calibrated=sets, predictions=sets, found=found)
+    outcome = dataclasses.replace(setting.outcome, d={s: torch.linspace(0, 1, n) for s in sets})
+    s = dataclasses.replace(setting, raw=sets, calibrated=sets, predictions=sets, outcome=outcome)
     rows = table_of(capsys, ablations.g_star, s)
     assert len(rows) > 5 and all(r[1] == "1.000" for r in rows)
 

@@ -3,17 +3,17 @@
     python lab/vrf_ablations.py all                    # digits: all, 1 minute after vrf.py
     python lab/vrf_ablations.py grid --data /imagenet  # one; takes every flag of vrf.py
 
-    controls     Tab. 11, A6, A7      rows that the paper's tables lack, and the oracles; --seeds
-    sweep        Tabs. 8, 9, Fig. 5b  one alpha; VRF of logits  grid    Tab. 10       a and b
-    reference    Fig. 4               distance to V or all      linear  Tab. 4        on the LC
-    k_share      Fig. 5c              k as a share of V         source  A3, Eq. 3     what V holds
-    weights      Tab. 6, Fig. 6c      form of the weight        ratio   Figs. 1b, 13  ratio by set
-    selective    Tabs. 5, 13          one model or the other    images  Fig. 7        near and far
-    mean_weight  Fig. 5a              by set                    timing  Fig. 8        search by k
-    g_star       Fig. 9               least variance (Eq. 15)   calibration  A6       temperatures
+    ratio        Figs. 1b, 2, 13      why it works        sweep    Tabs. 8, 9, Fig. 5b  one alpha
+    controls     Tab. 11, A6, A7      rows and bounds     grid     Tab. 10, Figs. 6, 10   a and b
+    reference    Fig. 4               distance to V, all  linear   Tab. 4                  the LC
+    k_share      Fig. 5c              k as a share of V   source   A3, Eq. 3          what V holds
+    weights      Tab. 6, Fig. 6c      form of the weight  images   Fig. 7             near and far
+    selective    Tabs. 5, 13          a model per sample  timing   Fig. 8              search by k
+    mean_weight  Fig. 5a              by set              g_star   Fig. 9           least variance
+    calibration  A6                   temperatures
 
 Each prints its table, and most leave a PNG and a CSV in OUT/figures. Models, predictions and the
-scan of the training set are vrf.py's, from its caches. All but `controls` and `linear` study the
+zero-shot errors on train are vrf.py's, from its caches. All but `controls` and `linear` study the
 first model of --methods that has ensembles (E2E-FT), in the run --seed. alpha, a and b are chosen
 on ID val wherever the paper's table does not sweep them.
 """
@@ -45,42 +45,34 @@ class Setting:
     clip: common.Clip
     models: dict  # {name: Classifier}
     name: str  # of the fine-tuned model
-    scan: vrf.Scan
+    errors: vrf.ZeroShotErrors
     predictions: dict  # {split: {name: Prediction}}
     T: dict  # {name: temperature}
     raw: dict  # {split: Samples}
     calibrated: dict  # {split: Samples}
-    grid: list  # [(a, b)]
-    found: vrf.Outcome
+    outcome: vrf.Outcome
 
     @property
     def tests(self):
         """Names of the reported sets."""
         return [split for split in self.predictions if split != "val"]
 
-    def logits(self, split, calibrated):
-        """(ZS's, FT's) [N, C], over their temperatures or not."""
-        of, name = self.predictions[split], self.name
-        T = self.T if calibrated else {"ZS": 1.0, name: 1.0}
-        return of["ZS"].logits / T["ZS"], of[name].logits / T[name]
-
 
 def set_up(config, data, clip, zero_shot):
     """Setting of the first model with ensembles; trains only what vrf.py has not."""
     models = vrf.train_models(config, data, clip, zero_shot, config.seed)
-    scans, predictions = (f(config, data, clip, models) for f in (vrf.scan, vrf.predict_sets))
-    if not scans:
+    errors = vrf.zero_shot_errors(config, data, clip, models)
+    if not errors:
         raise common.InputError("--methods, --ensemble: no model in both, so there is no ensemble")
-    name, scan = next(iter(scans.items()))
-    T, grid = vrf.fit_temperatures(config, predictions["val"]), vrf.ab_candidates(config, data.kind)
-    raw, calibrated = vrf.samples(predictions, name), vrf.samples(predictions, name, T)
-    found = vrf.run_algorithm_1(config, scan, calibrated, grid)
-    a, b = found.ab
-    sizes = f"|V| = {len(found.V)}, k = {found.k}"
+    name, predictions = next(iter(errors)), vrf.predict_sets(config, data, clip, models)
+    T = vrf.fit_temperatures(config, predictions["val"])
+    raw = vrf.samples_of(predictions, name)
+    calibrated = vrf.samples_of(predictions, name, T["ZS"], T[name])
+    outcome = vrf.run_algorithm_1(config, errors[name], calibrated)
+    sizes, (a, b) = f"|V| = {len(outcome.V)}, k = {outcome.k}", outcome.ab
     print(f"{name}, seed {config.seed}: {sizes}, a = {a:.3g}, b = {b:.3g}")
-    return Setting(
-        config, data, clip, models, name, scan, predictions, T, raw, calibrated, grid, found
-    )
+    seen = errors[name], predictions, T, raw, calibrated, outcome
+    return Setting(config, data, clip, models, name, *seen)
 
 
 def distances(config, sets, V, k):
@@ -101,13 +93,13 @@ def choose_ab(sets, d, grid, weight=vrf.weight):
 
 def vrf_row(s, name, d, grid=None, weight=vrf.weight):
     """Table row of VRF with distances d {split: [N]}: (a, b) by ID val, then the accuracies."""
-    ab = choose_ab(s.calibrated, d, grid or s.grid, weight)
+    ab = choose_ab(s.calibrated, d, grid or vrf.ab_grid(s.config), weight)
     return [name, "/".join(f"{x:.2g}" for x in ab), *vrf_percent(s, ab, d, weight)]
 
 
 def vrf_percent(s, ab, d=None, weight=vrf.weight):
     """`percent` of VRF with this (a, b)."""
-    d, mixed = d or s.found.d, {}
+    d, mixed = d or s.outcome.d, {}
     for split in s.tests:
         x = s.calibrated[split]
         mixed[split] = vrf.vrf(x.p_zs, x.p_ft, weight(d[split], *ab))
@@ -138,6 +130,63 @@ def figure(s, name, header, columns=1, rows=1):
     return common.figure(f"{s.config.out}/figures/{name}", header, columns, rows)
 
 
+def draw(s, name, xlabel, ylabel, curves, line="o-", **settings):
+    """A figure of one panel, and its CSV.  curves: {label: (xs, ys)}"""
+    with figure(s, name, ["series", "x", "y"]) as (axes, numbers):
+        for label, (xs, ys) in curves.items():
+            axes[0, 0].plot(xs, ys, line, ms=3 if len(xs) > 1 else 7, label=label)
+            numbers += [(label, x, y) for x, y in zip(xs, ys, strict=True)]
+        axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, **settings)
+        axes[0, 0].legend(fontsize=7)
+
+
+# --- Figs. 1b, 2, 13: why it works ----------------------------------------------------------------
+
+
+def ratio(s):
+    """Figs. 1b, 2: Acc_ft / Acc_zs by distance, over all sets, and the weight; Fig. 13: by set."""
+    rows, curves, d = [], {}, s.outcome.d
+    for name in ("all sets", *s.tests):
+        sets = {split: s.raw[split] for split in s.tests if name in ("all sets", split)}
+        bins = ratio_by_distance(d, sets)
+        curves[name] = [b[0] for b in bins], [b[1] for b in bins]
+        for centre, r, zs, ft, n in bins:
+            rows.append([name, f"{centre:.2f}", f"{r:.2f}", 100 * zs, 100 * ft, n])
+    centres, ratios = curves.pop("all sets")
+    w = vrf.weight(torch.tensor(centres), *s.outcome.ab).tolist()
+    together = {"accuracy ratio, FT / ZS": (centres, ratios), "w(x), weight of FT": (centres, w)}
+    title, xlabel = f"{s.name} against zero-shot", "d(x), distance to the zero-shot failures"
+    draw(s, "distance", xlabel, "accuracy ratio; weight", together, title=title, ylim=(0, None))
+    draw(s, "ratio", xlabel, "accuracy ratio, FT / ZS", curves, title=title, ylim=(0, None))
+    print_table("Figs. 2, 13", ["set", "d", "ratio", "ZS, %", "FT, %", "n"], rows)
+
+
+def ratio_by_distance(d, sets):
+    """Fig. 2: the given sets are put together, and each window of d gives a row (centre, Acc_ft /
+    Acc_zs, Acc_zs, Acc_ft, N). Where ZS is never right the ratio is nan: a gap in the curve.
+    """
+    zs = torch.cat([x.p_zs.argmax(1) == x.labels for x in sets.values()])
+    ft = torch.cat([x.p_ft.argmax(1) == x.labels for x in sets.values()])
+    d, rows = torch.cat([d[split] for split in sets]), []
+    for low, centre, high in windows(d):
+        inside = (d >= low) & (d <= high)
+        n, right_zs, right_ft = int(inside.sum()), int(zs[inside].sum()), int(ft[inside].sum())
+        ratio = right_ft / right_zs if right_zs else math.nan
+        rows.append((centre, ratio, right_zs / max(n, 1), right_ft / max(n, 1), n))
+    return rows
+
+
+def windows(d):
+    """(low, centre, high) over the bulk of d: 0.2 wide (App. C.7) every 0.1, or finer."""
+    d = np.asarray(d)
+    d = d[np.isfinite(d)]  # without a failure set d is infinite
+    if len(d) == 0:
+        return []
+    low, high = np.quantile(d, 0.01), np.quantile(d, 0.99)
+    step = min(0.1, max(high - low, 1e-3) / 8)
+    return [(c - step, c, c + step) for c in np.arange(low, high + step / 2, step)]
+
+
 # --- A6, A7, Tab. 11: rows that the paper's tables lack -------------------------------------------
 
 
@@ -148,16 +197,17 @@ def controls(s):
     rows = []
     for seed in range(s.config.seed, s.config.seed + s.config.seeds):
         models = vrf.train_models(s.config, s.data, s.clip, s.models["ZS"], seed)
-        found, studies = vrf.evaluate(s.config, s.data, s.clip, models, seed)
-        scans = vrf.scan(s.config, s.data, s.clip, models)
+        own_rows, studies = vrf.evaluate(s.config, s.data, s.clip, models, seed)
+        errors = vrf.zero_shot_errors(s.config, s.data, s.clip, models)
         predictions = vrf.predict_sets(s.config, s.data, s.clip, models)
         T = vrf.fit_temperatures(s.config, predictions["val"])
         for name, (raw, calibrated, outcome) in studies.items():
-            rows += oracles(s.grid, name, seed, raw, calibrated, outcome.d)
-            rows += [r for r in found if r.ours and r.method.startswith(f"{name} +")]
-            rows.append(lse_row(predictions, name, seed, T))
-            no_T = vrf.run_algorithm_1(s.config, scans[name], raw, s.grid)
-            right = vrf.right(no_T.p, raw)
+            rows += oracles(vrf.ab_grid(s.config), name, seed, raw, calibrated, outcome.d)
+            rows += [r for r in own_rows if r.ours and r.method.startswith(f"{name} +")]
+            logits = logits_of(predictions, name, T["ZS"], T[name])
+            rows.append(vrf.ose_row(f"{name} +LSE calibrated", seed, logits, ours=True))
+            no_T = vrf.run_algorithm_1(s.config, errors[name], raw)
+            right = vrf.right_images(no_T.p_vrf, raw)
             rows.append(common.Row(f"{name} +VRF raw", seed, right, no_T.ab, ours=True))
     title = "not in the paper's tables (A7); oracle: tuned on each test set itself (Tab. 11)"
     print("\n" + common.accuracy_table(rows, title))
@@ -165,124 +215,132 @@ def controls(s):
 
 def oracles(grid, name, seed, raw, calibrated, d):
     """Rows of OSE and VRF tuned on each test set itself: bounds, and no results."""
-    ose, mixed = {}, {}
+    right_ose, p_vrf = {}, {}
     for split in raw:
         if split == "val":
             continue
         tuned = {"val": raw[split], split: raw[split]}  # as if the test set were ID val
-        ose[split] = vrf.ose_row("", seed, tuned).right[split]
+        right_ose[split] = vrf.ose_row("", seed, tuned).right[split]
         x = calibrated[split]
         ab = choose_ab({"val": x}, {"val": d[split]}, grid)
-        mixed[split] = vrf.vrf(x.p_zs, x.p_ft, vrf.weight(d[split], *ab))
-    ose = common.Row(f"{name} +OSE oracle", seed, ose, ours=True)
-    return [ose, common.Row(f"{name} +VRF oracle", seed, vrf.right(mixed, raw), ours=True)]
-
-
-def lse_row(predictions, name, seed, T):
-    """Sec. 5.3: the ensemble of logits instead of probabilities, its alpha by ID val."""
-
-    def right(split, alpha):
-        zs, ft = predictions[split]["ZS"], predictions[split][name]
-        return vrf.ose(zs.logits / T["ZS"], ft.logits / T[name], alpha).argmax(1) == ft.labels
-
-    alpha = max(vrf.ALPHAS, key=lambda alpha: right("val", alpha).double().mean())
-    reported = {split: right(split, alpha) for split in predictions if split != "val"}
-    return common.Row(f"{name} +LSE calibrated", seed, reported, alpha, ours=True)
+        p_vrf[split] = vrf.vrf(x.p_zs, x.p_ft, vrf.weight(d[split], *ab))
+    right_vrf = vrf.right_images(p_vrf, calibrated)
+    ose = common.Row(f"{name} +OSE oracle", seed, right_ose, ours=True)
+    return [ose, common.Row(f"{name} +VRF oracle", seed, right_vrf, ours=True)]
 
 
 def calibration(s):
-    """A6: VRF without temperatures, with those that make confidence accuracy (the code's), and with
-    those of least negative log-likelihood.
+    """A6: VRF without temperatures, with those that make confidence accuracy, exactly or as near as
+    the authors' code does, and with those of least negative log-likelihood.
     """
     rows = []
-    for criterion in ("off", "confidence", "nll"):
-        T = {}
+    for criterion in ("off", "confidence", "code", "nll"):
+        T = []
         for name in ("ZS", s.name):
             on_val = s.predictions["val"][name]
-            T[name] = common.temperature(on_val.logits, on_val.labels, criterion)
-        sets = vrf.samples(s.predictions, s.name, T)
-        row = vrf_row(dataclasses.replace(s, calibrated=sets), criterion, s.found.d)
-        rows.append([criterion, f"{T['ZS']:.2f}", f"{T[s.name]:.2f}", *row[1:]])
+            if criterion == "code":
+                T.append(code_temperature(on_val.logits, on_val.labels))
+            else:
+                T.append(common.temperature(on_val.logits, on_val.labels, criterion))
+        sets = vrf.samples_of(s.predictions, s.name, *T)
+        row = vrf_row(dataclasses.replace(s, calibrated=sets), criterion, s.outcome.d)
+        rows.append([criterion, f"{T[0]:.2f}", f"{T[1]:.2f}", *row[1:]])
     print_table("temperatures (A6)", columns(s, "criterion", "T, ZS", "T, FT", "a/b"), rows)
 
 
+def code_temperature(logits, labels):
+    """A6: T as the authors' code searches it. Of a bracket, [0.1, 10] at first, it tries the point
+    that divides it like the gaps |confidence - accuracy| of its ends, until this point's own gap is
+    at most .001. The end with the larger gap moves there; a bracket beside the root is widened.
+    """
+    target, low, high = common.accuracy(logits, labels), 0.1, 10.0
+
+    def confidence(T):
+        return (logits / T).softmax(1).amax(1).mean().item()
+
+    for _ in range(100):  # the code has no bound
+        gap_low, gap_high = confidence(low) - target, target - confidence(high)
+        share = abs(gap_low) / (abs(gap_low) + abs(gap_high))
+        T = low + share * (high - low)
+        if abs(confidence(T) - target) <= 0.001:
+            return T
+        if gap_high < 0:  # too sure even at the upper end
+            high *= 1.1
+        elif gap_low < 0:
+            low /= 1.1
+        elif gap_low < gap_high:
+            high = T
+        else:
+            low = T
+    return 1.0  # as common.temperature does where no T is right
+
+
 # --- Sec. 5.2, App. C: sweeps ---------------------------------------------------------------------
+
+
+def logits_of(predictions, name, T_zs=1.0, T_ft=1.0):
+    """{split: Samples} with logits in the place of probabilities, so that OSE of them is LSE."""
+    sets = vrf.samples_of(predictions, name)
+    for split, of in predictions.items():
+        sets[split].p_zs, sets[split].p_ft = of["ZS"].logits / T_zs, of[name].logits / T_ft
+    return sets
 
 
 def sweep(s):
     """Tabs. 8, 9, Figs. 5b, 10: every ensemble with one alpha, as in the tables and (A7) with VRF's
     temperatures; VRF with its own (a, b), mixing probabilities and, for Fig. 5b, logits.
     """
-    rows, header = [], columns(s, "ensemble", "alpha, a/b")
-    for name in ("OSE", "OSE calibrated", "LSE", "LSE calibrated", "WSE"):
+    logits = logits_of(s.predictions, s.name)
+    calibrated_logits = logits_of(s.predictions, s.name, s.T["ZS"], s.T[s.name])
+    ensembles = {"OSE": s.raw, "OSE calibrated": s.calibrated, "LSE": logits}
+    ensembles |= {"LSE calibrated": calibrated_logits, "WSE": None}
+    rows, curves = [], {}
+    for name, sets in ensembles.items():
         for alpha in vrf.ALPHAS:
-            rows.append([name, f"{alpha:.1f}", *constant_percent(s, name, alpha)])
-    names = list(dict.fromkeys(row[0] for row in rows))
-    rows.append(vrf_row(s, "VRF", s.found.d))
-    rows.append(vrf_row(of_logits(s), "VRF of logits", s.found.d))
-    with figure(s, "sweep", header) as (axes, numbers):
-        numbers += rows
-        axis = axes[0, 0]
-        for name in names:
-            own = [r for r in rows if r[0] == name]
-            dash = ":" if "calibrated" in name else "-"
-            axis.plot([r[2] for r in own], [r[-1] for r in own], dash, marker="o", ms=3, label=name)
-        for row in rows[-2:]:
-            axis.plot(row[2], row[-1], "D", label=row[0])
-        axis.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %", title=s.name)
-        axis.legend(fontsize=7)
-    print_table("Tabs. 8, 9", header, rows)
+            found = wse_percent(s, alpha) if name == "WSE" else ose_percent(s, sets, alpha)
+            rows.append([name, f"{alpha:.1f}", *found])
+        curves[name] = [r[2] for r in rows if r[0] == name], [r[-1] for r in rows if r[0] == name]
+    of_logits = dataclasses.replace(s, calibrated=calibrated_logits)
+    for name, setting in (("VRF", s), ("VRF of logits", of_logits)):
+        rows.append(vrf_row(setting, name, s.outcome.d))
+        curves[name] = [rows[-1][2]], [rows[-1][-1]]
+    draw(s, "sweep", "ID accuracy, %", "mean accuracy under shift, %", curves, title=s.name)
+    print_table("Tabs. 8, 9", columns(s, "ensemble", "alpha, a/b"), rows)
 
 
-def constant_percent(s, ensemble, alpha):
-    """`percent` of an ensemble with one alpha for all samples."""
-    if ensemble == "WSE":
-        zs, ft = s.models["ZS"], s.models[s.name]
-        mixed, scores = copy.deepcopy(zs), {}
-        mixed.load_state_dict(vrf.wse(zs.state_dict(), ft.state_dict(), alpha))
-        for x in (s.data.test, *s.data.shifts):
-            scores[x.name] = common.predict(s.config, {"": mixed}, x, s.clip)[""].logits
-        return percent(s, scores)
-    calibrated = "calibrated" in ensemble
-    if ensemble.startswith("OSE"):
-        return ose_percent(s, s.calibrated if calibrated else s.raw, alpha)
-    return percent(s, {x: vrf.ose(*s.logits(x, calibrated), alpha) for x in s.tests})
-
-
-def of_logits(s):
-    """The Setting with calibrated logits in the place of probabilities."""
-    sets = {}
-    for split, x in s.calibrated.items():
-        zs, ft = s.logits(split, calibrated=True)
-        sets[split] = dataclasses.replace(x, p_zs=zs, p_ft=ft)
-    return dataclasses.replace(s, calibrated=sets)
+def wse_percent(s, alpha):
+    """`percent` of WSE."""
+    mixed, scores = copy.deepcopy(s.models["ZS"]), {}
+    zs, ft = s.models["ZS"].state_dict(), s.models[s.name].state_dict()
+    mixed.load_state_dict(vrf.wse(zs, ft, alpha))
+    for split in (s.data.test, *s.data.shifts):
+        scores[split.name] = common.predict(s.config, {"": mixed}, split, s.clip)[""].logits
+    return percent(s, scores)
 
 
 def grid(s):
     """Tab. 10, Figs. 6, 10: ID and shifts over a, around the chosen one, and b."""
     as_table_10 = s.data.kind == "imagenet" and s.config.distance == "code"
-    around = [s.found.ab[0] * x for x in (0.5, 0.75, 1, 1.25, 1.5)]
-    a_values = (1.4, 1.5, 1.6) if as_table_10 else around
+    around = [s.outcome.ab[0] * x for x in (0.5, 0.75, 1, 1.25, 1.5)]
     b_values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 5.0, 10.0, 20.0]
     rows, header = [], columns(s, "a", "b")
-    for a in a_values:
-        for b in b_values:
-            rows.append([f"{a:.3g}", b, *vrf_percent(s, (a, b))])
-    curve = [ose_percent(s, s.raw, alpha) for alpha in vrf.ALPHAS]
+    ose = [ose_percent(s, s.raw, alpha) for alpha in vrf.ALPHAS]
     with figure(s, "grid", header, columns=3) as (axes, numbers):
-        numbers += rows
         left, middle, right = axes[0]
-        for a in dict.fromkeys(r[0] for r in rows):
-            own = [r for r in rows if r[0] == a]
-            left.semilogx([r[1] for r in own], [r[2] for r in own], "o-", ms=3, label=f"a = {a}")
-            middle.semilogx([r[1] for r in own], [r[-1] for r in own], "o-", ms=3)
-            right.plot([r[2] for r in own], [r[-1] for r in own], "o", ms=3)
-        right.plot([c[0] for c in curve], [c[-1] for c in curve], color="tab:pink", label="OSE")
+        for a in (1.4, 1.5, 1.6) if as_table_10 else around:
+            of_a = [[f"{a:.3g}", b, *vrf_percent(s, (a, b))] for b in b_values]
+            on_id, shift = [row[2] for row in of_a], [row[-1] for row in of_a]
+            left.semilogx(b_values, on_id, "o-", ms=3, label=f"a = {a:.3g}")
+            middle.semilogx(b_values, shift, "o-", ms=3)
+            right.plot(on_id, shift, "o", ms=3)
+            rows += of_a
+        right.plot([x[0] for x in ose], [x[-1] for x in ose], color="tab:pink", label="OSE")
         left.set(xlabel="b", ylabel="ID accuracy, %")
         middle.set(xlabel="b", ylabel="mean accuracy under shift, %")
         right.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
         left.legend()
         right.legend()
+        numbers += rows
     print_table("Tab. 10", header, rows)
 
 
@@ -307,38 +365,34 @@ def train_features(s):
     return F.normalize(features, dim=1), labels
 
 
+def neighbours_of(s, V):
+    return vrf.neighbours(len(V), s.errors.n_train, s.config.k_rule, s.config.p)
+
+
 def k_share(s):
     """Fig. 5c: k as a share of |V|; the paper's shares and 1 %."""
-    rows, header = [], columns(s, "p, %", "k", "a/b")
-    for p in (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5):
-        k = vrf.neighbours(len(s.found.V), "paper", p)
-        d = distances(s.config, s.calibrated, s.found.V, k)
+    rows, shares, size = [], (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5), len(s.outcome.V)
+    for p in shares:
+        k = vrf.neighbours(size, s.errors.n_train, "paper", p)
+        d = distances(s.config, s.calibrated, s.outcome.V, k)
         rows.append([f"{100 * p:.4g}", k, *vrf_row(s, "", d)[1:]])
-    with figure(s, "k", header) as (axes, numbers):
-        numbers += rows
-        shares = [float(r[0]) for r in rows]
-        axes[0, 0].semilogx(shares, [r[3] for r in rows], "o-", label="ID")
-        axes[0, 0].semilogx(shares, [r[-1] for r in rows], "o-", label="mean under shift")
-        axes[0, 0].set(xlabel="k, % of |V|", ylabel="accuracy, %")
-        axes[0, 0].legend()
-    print_table(f"Fig. 5c, |V| = {len(s.found.V)}", header, rows)
+    percents = [100 * p for p in shares]
+    curves = {"ID": (percents, [r[3] for r in rows])}
+    curves["mean under shift"] = percents, [r[-1] for r in rows]
+    draw(s, "k", "k, % of |V|", "accuracy, %", curves, xscale="log")
+    print_table(f"Fig. 5c, |V| = {size}", columns(s, "p, %", "k", "a/b"), rows)
 
 
 def reference(s):
     """Fig. 4: distance to V against distance to all of train; k is the same share of each."""
     everything, _ = train_features(s)
-    k = vrf.neighbours(len(everything), s.config.k_rule, s.config.p, len(everything))
-    tests, rows = {split: s.raw[split] for split in s.tests}, []
-    header = ["reference", "d", "ratio", "acc_zs", "acc_ft", "n"]
-    with figure(s, "reference", header) as (axes, numbers):
-        for name, V, count in (("V", s.found.V, s.found.k), ("all of train", everything, k)):
-            d = distances(s.config, s.calibrated, V, count)
-            rows.append(vrf_row(s, name, d))
-            bins = vrf.ratio_by_distance(d, tests)
-            axes[0, 0].plot([b[0] for b in bins], [b[1] for b in bins], "o-", ms=3, label=name)
-            numbers += [(name, *b) for b in bins]
-        axes[0, 0].set(xlabel="distance", ylabel="Acc$_{ft}$ / Acc$_{zs}$")
-        axes[0, 0].legend()
+    tests, rows, curves = {split: s.raw[split] for split in s.tests}, [], {}
+    for name, V in (("V", s.outcome.V), ("all of train", everything)):
+        d = distances(s.config, s.calibrated, V, neighbours_of(s, V))
+        rows.append(vrf_row(s, name, d))
+        bins = ratio_by_distance(d, tests)
+        curves[name] = [b[0] for b in bins], [b[1] for b in bins]
+    draw(s, "reference", "distance", "Acc$_{ft}$ / Acc$_{zs}$", curves)
     print_table("Fig. 4", columns(s, "to", "a/b"), rows)
 
 
@@ -346,9 +400,9 @@ def source(s):
     """What V holds. A3: features of the fine-tuned encoder, as in paper and code, or of the
     zero-shot one. Eq. (3): the errors that FT mends, or all of ZS's, as the abstract's wording is.
     """
-    every = F.normalize(s.scan.features, dim=1)
+    every = F.normalize(s.errors.features, dim=1)
     d = distances(s.config, s.calibrated, every, neighbours_of(s, every))
-    rows = [vrf_row(s, "FT's, Eq. (3)", s.found.d), vrf_row(s, "FT's, all errors", d)]
+    rows = [vrf_row(s, "FT's, Eq. (3)", s.outcome.d), vrf_row(s, "FT's, all errors", d)]
     V, sets = zero_shot_failures(s), {}
     for split, x in s.calibrated.items():
         v = F.normalize(s.predictions[split]["ZS"].features, dim=1)
@@ -360,17 +414,13 @@ def source(s):
 
 def zero_shot_failures(s):
     """V of Eq. (3) with the zero-shot encoder's features.  [M, D]"""
-    mended = vrf.failures(s.scan.predicted_zs, s.scan.predicted_ft, s.scan.labels)
-    index, train = s.scan.index[mended].numpy(), s.data.train
+    mended = vrf.failures(s.errors.predicted_zs, s.errors.predicted_ft, s.errors.labels)
+    index, train = s.errors.index[mended].numpy(), s.data.train
     in_memory = isinstance(train.images, np.ndarray)
     images = train.images[index] if in_memory else [train.images[i] for i in index]
     part = dataclasses.replace(train, images=images, labels=train.labels[index])
     predicted = common.predict(s.config, {"ZS": s.models["ZS"]}, part, s.clip)["ZS"]
     return F.normalize(predicted.features, dim=1)
-
-
-def neighbours_of(s, V):
-    return vrf.neighbours(len(V), s.config.k_rule, s.config.p, s.scan.images)
 
 
 def binary_weight(d, a, b):
@@ -390,48 +440,24 @@ def weights(s):
     forms = [
         ("binary", binary_weight, [(a, 1.0) for a in a_values]),
         ("linear", linear_weight, [(a, b) for a in a_values for b in slopes]),
-        ("sigmoid", vrf.weight, s.grid),
+        ("sigmoid", vrf.weight, vrf.ab_grid(s.config)),
     ]
-    d, rows = torch.linspace(0, 2, 201), []
-    with figure(s, "weights", ["w", "d", "w(d)"]) as (axes, numbers):
-        for name, weight, points in forms:
-            rows.append(vrf_row(s, name, s.found.d, points, weight))
-            a, b = choose_ab(s.calibrated, s.found.d, points, weight)
-            w = weight(d, a, b)
-            axes[0, 0].plot(d, w, label=f"{name}, a = {a:.2g}, b = {b:.2g}")
-            numbers += [(name, *xy) for xy in zip(d.tolist(), w.tolist(), strict=True)]
-        axes[0, 0].set(xlabel="d(x)", ylabel="w(x)")
-        axes[0, 0].legend()
+    d, rows, curves = torch.linspace(0, 2, 201), [], {}
+    for name, weight, points in forms:
+        rows.append(vrf_row(s, name, s.outcome.d, points, weight))
+        a, b = choose_ab(s.calibrated, s.outcome.d, points, weight)
+        curves[f"{name}, a = {a:.2g}, b = {b:.2g}"] = d.tolist(), weight(d, a, b).tolist()
+    draw(s, "weights", "d(x)", "w(x)", curves, line="-")
     print_table("Tab. 6", columns(s, "w", "a/b"), rows)
-
-
-def ratio(s):
-    """Figs. 1b, 13: accuracy ratio by distance, one curve a set; gaps where ZS is never right."""
-    rows, header = [], ["set", "d", "ratio", "ZS, %", "FT, %", "n"]
-    with figure(s, "ratio", header) as (axes, numbers):
-        for split in s.tests:
-            bins = vrf.ratio_by_distance(s.found.d, {split: s.raw[split]})
-            axes[0, 0].plot([b[0] for b in bins], [b[1] for b in bins], "o-", ms=3, label=split)
-            for d, r, zs, ft, n in bins:
-                rows.append([split, f"{d:.2f}", f"{r:.2f}", 100 * zs, 100 * ft, n])
-        numbers += rows
-        axes[0, 0].set(xlabel="d(x)", ylabel="Acc$_{ft}$ / Acc$_{zs}$")
-        axes[0, 0].legend(fontsize=6)
-    print_table("Fig. 13", header, rows)
 
 
 def mean_weight(s):
     """Fig. 5a: mean weight of the fine-tuned model by set; it should be highest on ID."""
-    rows, header = [], ["set", "n", "mean w"]
+    rows = []
     for split in s.tests:
-        d = s.found.d[split]
-        rows.append([split, len(d), f"{vrf.weight(d, *s.found.ab).mean():.3f}"])
-    with figure(s, "mean", header) as (axes, numbers):
-        numbers += rows
-        axes[0, 0].bar([r[0] for r in rows], [float(r[2]) for r in rows], color="tab:green")
-        axes[0, 0].set(ylabel="mean w(x)")
-        axes[0, 0].tick_params(axis="x", rotation=30)
-    print_table("Fig. 5a", header, rows)
+        d = s.outcome.d[split]
+        rows.append([split, len(d), f"{vrf.weight(d, *s.outcome.ab).mean():.3f}"])
+    print_table("Fig. 5a", ["set", "n", "mean w"], rows)
 
 
 # --- Sec. 5.3, Eqs. (12), (13): selective prediction ----------------------------------------------
@@ -445,17 +471,16 @@ def selective(s):
     """
     x, y = train_features(s)
     class_wise, background = gaussians(x, y), gaussians(x, torch.zeros_like(y))
-    scores, rows = {}, []
-    for split in s.predictions:
-        logits = s.predictions[split][s.name].logits
-        scores[split] = detector_scores(s.raw[split].v, logits, x, class_wise, background)
+    logits, scores, rows = logits_of(s.predictions, s.name), {}, []
+    for split, of in logits.items():
+        scores[split] = detector_scores(of.v, of.p_ft, x, class_wise, background)
     for name in scores["val"]:
         threshold, chosen = torch.quantile(scores["val"][name].double(), 0.05), {}
         for split in s.tests:
-            zs, ft = s.logits(split, calibrated=False)
-            chosen[split] = torch.where((scores[split][name] >= threshold)[:, None], ft, zs)
+            is_id, of = scores[split][name] >= threshold, logits[split]
+            chosen[split] = torch.where(is_id[:, None], of.p_ft, of.p_zs)
         rows.append([name, *percent(s, chosen)])
-    rows.append(["VRF", *vrf_percent(s, s.found.ab)])
+    rows.append(["VRF", *vrf_percent(s, s.outcome.ab)])
     print_table("Tabs. 5, 13", columns(s, "detector"), rows)
 
 
@@ -522,10 +547,10 @@ def g_star(s):
     eta = P(y|x) - 1 at the true class y, its variance over the samples of a window: the paper does
     not say over what (A13). Beside it the plug-in of Eq. (11) with 1 - accuracy for E.
     """
-    d = torch.cat([s.found.d[split] for split in s.tests]).numpy()
+    d = torch.cat([s.outcome.d[split] for split in s.tests]).numpy()
     (eta_zs, wrong_zs), (eta_ft, wrong_ft) = pooled(s, "p_zs"), pooled(s, "p_ft")
-    rows, header = [], ["d", "g* (15)", "(11), 1 - acc", "w (6)", "n"]
-    for low, centre, high in vrf.windows(d):
+    values, rows = [], []
+    for low, centre, high in windows(d):
         inside = (d >= low) & (d <= high)
         if inside.sum() < 2:
             continue
@@ -533,16 +558,15 @@ def g_star(s):
         star = best_weight(cov[0, 0], cov[1, 1], cov[0, 1])
         errors = wrong_zs[inside].mean(), wrong_ft[inside].mean()
         plug_in = best_weight(*errors) if sum(errors) else math.nan
-        w = vrf.weight(torch.tensor(centre), *s.found.ab).item()
-        rows.append([f"{centre:.2f}", *(f"{v:.3f}" for v in (star, plug_in, w)), int(inside.sum())])
-    with figure(s, "g", header) as (axes, numbers):
-        numbers += rows
-        for i, name in ((1, "g*, Eq. 15"), (2, "Eq. 11 with 1 - accuracy"), (3, "w(d), Eq. 6")):
-            values = [float(r[i]) for r in rows]
-            axes[0, 0].plot([float(r[0]) for r in rows], values, "o-", ms=3, label=name)
-        axes[0, 0].set(xlabel="d(x)", ylabel="weight of the fine-tuned model")
-        axes[0, 0].legend()
-    print_table("Fig. 9", header, rows)
+        w = vrf.weight(torch.tensor(centre), *s.outcome.ab).item()
+        values.append((centre, star, plug_in, w))
+        weights = (f"{v:.3f}" for v in values[-1][1:])
+        rows.append([f"{centre:.2f}", *weights, int(inside.sum())])
+    curves = {}
+    for i, name in enumerate(("g*, Eq. 15", "Eq. 11 with 1 - accuracy", "w(d), Eq. 6"), 1):
+        curves[name] = [v[0] for v in values], [v[i] for v in values]
+    draw(s, "g", "d(x)", "weight of the fine-tuned model", curves)
+    print_table("Fig. 9", ["d", "g* (15)", "(11), 1 - acc", "w (6)", "n"], rows)
 
 
 # --- Figs. 7, 8 -----------------------------------------------------------------------------------
@@ -552,7 +576,7 @@ def images(s):
     """Fig. 7: eight random of the 100 smallest d, and of the 100 largest, over all sets."""
     splits = {x.name: x for x in (s.data.test, *s.data.shifts)}
     where = [(name, i) for name, x in splits.items() for i in range(len(x.labels))]
-    d = torch.cat([s.found.d[name] for name in splits])
+    d = torch.cat([s.outcome.d[name] for name in splits])
     order, rng = d.argsort(), np.random.default_rng(s.config.seed)
     rows, header = [], ["pool", "set", "index", "d"]
     with figure(s, "images", header, columns=8, rows=2) as (axes, numbers):
@@ -572,28 +596,25 @@ def images(s):
 def timing(s):
     """Fig. 8: ms per image of the exact search in PyTorch, k = 1, 2, 4 ... 512; median of 5."""
     device = common.pick_device(s.config.device)
-    v, V = s.raw[common.ID].v[:1000].to(device), s.found.V.to(device)
-    rows, header = [], ["k", "ms/image"]
-    for k in (2**exponent for exponent in range(10)):
+    v, V = s.raw[common.ID].v[:1000].to(device), s.outcome.V.to(device)
+    ks, ms = [k for k in (2**exponent for exponent in range(10)) if k <= len(V)], []
+    for k in ks:
         seconds = []
-        if k > len(V):
-            break
         for _ in range(6):
             start = time.perf_counter()
             vrf.knn_kth_distance(v, V, k).cpu()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
-        rows.append([k, f"{1000 * np.median(seconds[1:]) / len(v):.4f}"])
+        ms.append(1000 * np.median(seconds[1:]) / len(v))
     where = f"{torch.get_num_threads()} threads of the CPU"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else where
-    with figure(s, "timing", header) as (axes, numbers):
-        numbers += rows
-        axes[0, 0].semilogx([r[0] for r in rows], [float(r[1]) for r in rows], "o-", base=2)
-        axes[0, 0].set(xlabel="k", ylabel="ms per image", ylim=(0, None))
-    print_table(f"Fig. 8: {where}, {len(v)} queries, V {len(V)} x {v.shape[1]}", header, rows)
+    draw(s, "timing", "k", "ms per image", {where: (ks, ms)}, xscale="log", ylim=(0, None))
+    rows = [[k, f"{x:.4f}"] for k, x in zip(ks, ms, strict=True)]
+    size = f"{len(v)} queries, V {len(V)} x {v.shape[1]}"
+    print_table(f"Fig. 8: {where}, {size}", ["k", "ms/image"], rows)
 
 
-ABLATIONS = [controls, calibration, sweep, grid, linear, reference, k_share, source, weights]
-ABLATIONS += [ratio, selective, mean_weight, g_star, images, timing]
+ABLATIONS = [ratio, controls, calibration, sweep, grid, linear, reference, k_share, source, weights]
+ABLATIONS += [selective, mean_weight, g_star, images, timing]
 ABLATIONS = {ablation.__name__: ablation for ablation in ABLATIONS}
 
 

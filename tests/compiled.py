@@ -75,15 +75,13 @@ def last_one_out(folder, users):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kernels(level=None):
-    """The kernels; a skipped test where there is no compiler, or no such level of k-NN."""
+def kernels():
+    """The kernels; a skipped test where there is no compiler."""
     if not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("no C++ compiler: kernels not built")
     said()
     kernels = build.load()
     assert kernels, said()
-    if level and level not in kernels.levels:
-        pytest.skip(f"this CPU does not offer {level}")
     return kernels
 
 

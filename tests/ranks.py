@@ -63,6 +63,26 @@ def sharded(anchor):
     return [weights.detach() for weights in whole]
 
 
+def statistics(out):
+    """BatchNorm's mean after every step of a training, in which each process sees its own part."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(16, 3)
+    config = common.Run(batch=8, epochs=2, warmup=1, device="cpu", out=str(out))
+
+    def batches_from(first):
+        for rows in common.batches(16, 8, 4, 0, first):
+            yield (x[[i for i, _ in common.shard(rows)]],)
+
+    def loss_fn(batch):
+        return common.gather(module(batch[0])).square().mean()
+
+    optimiser, key = torch.optim.SGD(module.parameters(), 0.1), {"images": 16}
+    training = common.new_training(
+        config, "statistics", module, optimiser, loss_fn, batches_from, key
+    )
+    return [module[0].running_mean.clone() for _ in common.train_steps(config, training)]
+
+
 def arguments(tree, out, *own):
     return ["--data", str(tree), *TINY, "--skip-bad-images", "--out", str(out), *own]
 
@@ -70,6 +90,7 @@ def arguments(tree, out, *own):
 def compute(tree, out):
     found = {"gradients": [gradients(n) for n in (1, 2, 5)]}
     found["sharded"] = sharded("pretrained") + sharded("zero")
+    found["statistics"] = statistics(out)
     for name, (module, own) in COMMANDS.items():
         found[name] = module.main(arguments(tree, f"{out}/{name}", *own))
     return found

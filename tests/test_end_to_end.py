@@ -5,7 +5,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -194,24 +193,6 @@ def test_without_a_failure_set_vrf_is_zero_shot_and_the_run_finishes(tree, out, 
     rows = on_tree(tree, out, "--lr", "0", "--epochs", "1")
     assert "VRF is zero-shot" in capsys.readouterr().out
     assert right(rows, "E2E-FT +VRF") == right(rows, "Zero-shot")
-
-
-def test_an_unreadable_image_is_named_and_stops_or_is_left_out_and_counted(tree, tmp_path, capsys):
-    damaged, out = tmp_path / "tree", tmp_path / "out"
-    shutil.copytree(tree, damaged, ignore=lambda *_: ["again"])
-    bad = [damaged / "train/hue_3/5.jpg", damaged / "noisy/hue_1/0.jpg"]
-    for path in bad:
-        path.write_bytes(path.read_bytes()[:300])
-    rows = on_tree(damaged, out, "--skip-bad-images", "--epochs", "1", "--batch", "79")
-    said = capsys.readouterr().out
-    assert all(str(path) in said for path in bad) and "train: 1 of 80" in said
-    assert {split: len(x) for split, x in rows[0].right.items()} == {"test": 40, "noisy": 29}
-    with pytest.raises(common.InputError, match="5.jpg cannot be read.*--skip-bad-images"):
-        on_tree(damaged, out, "--methods", "LC")  # not from the caches of above
-    for path in (damaged / "noisy").rglob("*.jpg"):
-        path.write_bytes(b"")
-    with pytest.raises(common.InputError, match="noisy: none of its 30 images can be read"):
-        on_tree(damaged, tmp_path / "new", "--skip-bad-images", "--epochs", "1")
 
 
 def test_an_epoch_of_digits_tell_the_story(tmp_path, monkeypatch, capsys):

@@ -105,16 +105,134 @@ def test_fits_of_public_testbeds(name, ood, models, slope, intercept, r2, tol):
     assert (line.slope, line.intercept, line.r2) == pytest.approx((slope, intercept, r2), abs=tol)
 
 
-def test_clip_is_above_the_line_and_training_from_scratch_is_not(tmp_path):
-    points, text = run("--testbed", "imagenet2020", "--draws", 200, "--out", tmp_path)
-    clip = [100 * p[4] for p in points if p[0] == "vit_b_32_clip_zeroshot"]
+def test_clip_is_above_the_line_and_training_from_scratch_is_not():
+    _, points = er_study.beside(er_study.Config(draws=200), testbeds.read("imagenet2020"))
+    clip = [100 * p.er for (m, _), p in points.items() if m == "vit_b_32_clip_zeroshot"]
     assert clip == pytest.approx([5.63, 18.10, 38.95], abs=0.006)
-    scratch = [100 * p[4] for p in points if p[0].endswith("_epochs")]
+    scratch = [100 * p.er for (m, _), p in points.items() if m.endswith("_epochs")]
     assert len(scratch) == 3 * 109 and -0.97 < min(scratch) and max(scratch) < 1.87
-    bit = {p[0]: 100 * p[4] for p in points if "format-val" in p[1] and "R50x1" in p[0]}
-    assert [round(x, 2) for x in bit.values()] == [-0.62, 0.64]
-    assert all(p[5] < p[4] < p[6] for p in points if p[0].startswith("vit"))
-    assert "109 checkpoints of trainings from scratch: ER -0.78 to +1.18" in text
+    bit = [100 * p.er for (m, s), p in points.items() if "format-val" in s and "R50x1" in m]
+    assert [round(x, 2) for x in bit] == [-0.62, 0.64]
+    assert all(p.low < p.er < p.high for (m, _), p in points.items() if m.startswith("vit"))
+
+
+# --- published models -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def modern(tmp_path_factory):
+    """er_study.modern's testbed, lines and points, what it printed, and its folder."""
+    out = tmp_path_factory.mktemp("modern")
+    return *run("--testbed", "modern", "--draws", 50, "--out", out), out
+
+
+def line_by_hand(shift, column):
+    """Least squares in logits, straight from the file's cells.  -> slope, intercept, R2, function
+    from a model's name to its ER
+    """
+    with open(testbeds.FOLDER / "modern.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (x_name,), (y_name,) = ([c for c in rows[0] if c.startswith(f"{s}:")] for s in (column, shift))
+    acc = {}
+    for row in rows:
+        if row[x_name] and row[y_name]:
+            acc[row["model"]] = [int(row[c]) / int(c.split(":")[1]) for c in (x_name, y_name)]
+    used = [acc[row["model"]] for row in rows if row["role"] == "testbed" and row["model"] in acc]
+    x, y = np.log(np.array(used) / (1 - np.array(used))).T
+    a, b = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), y, rcond=None)[0]
+    r2 = 1 - ((y - a * x - b) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+
+    def er(model):
+        at_home, away = acc[model]
+        odds = (at_home / (1 - at_home)) ** a * np.exp(b)
+        return away - odds / (1 + odds)
+
+    return a, b, r2, er
+
+
+MODERN = [  # shift, slope, R2, and ER of ViT-B/32 OpenAI before and after, in points
+    ("imagenetv2-matched-frequency", 0.9076, 0.9946, 5.4, -0.3),
+    ("imagenet-sketch", 1.1281, 0.9151, 28.0, 11.9),
+    ("imagenet-r", 0.9791, 0.8980, 44.8, 10.2),
+    ("imagenet-a", 3.2543, 0.7713, 30.4, 1.4),
+]
+PAIR = ("ViT-B-32 openai", "vit_base_patch32_clip_224.openai_ft_in1k@224")
+
+
+@pytest.mark.parametrize(("shift", "slope", "r2", "before", "after"), MODERN)
+def test_lines_and_er_of_real_models_are_those_of_another_computation(
+    modern, shift, slope, r2, before, after
+):
+    (_, lines, points), text, _ = modern
+    a, b, by_hand, er = line_by_hand(shift, "imagenet-val")
+    line = lines[shift]
+    assert (line.slope, line.intercept, line.r2) == pytest.approx((a, b, by_hand), abs=1e-9)
+    assert (line.slope, line.r2) == pytest.approx((slope, r2), abs=1e-4)
+    for model, gold in zip(PAIR, (before, after), strict=True):
+        point = points[model, shift]
+        assert point.er == pytest.approx(er(model), abs=1e-12)
+        assert 100 * point.er == pytest.approx(gold, abs=0.05)
+        assert point.low < point.er < point.high
+    assert f"{before:+.1f} -> {after:+.1f} [" in text
+
+
+@pytest.mark.parametrize(("shift", "models"), [("imagenet-r", "957"), ("imagenet-a", "956")])
+def test_the_line_of_a_shifts_own_classes_stands_beside_it(modern, shift, models):
+    text, own = modern[1], f"val-on-{shift}-classes"
+    a, b, r2, er = line_by_hand(shift, own)
+    (row,) = [x.split() for x in text.splitlines() if x.startswith(shift) and own in x]
+    assert row[2:4] == [models, f"{a:.4f}"] and row[-4:-2] == [f"{b:.4f}", f"{r2:.4f}"]
+    (row,) = [x.split() for x in text.splitlines() if x.startswith("ViT-B/32 OpenAI ")]
+    assert row[-2 if shift == "imagenet-r" else -1] == f"{100 * er(PAIR[1]):+.1f}"
+
+
+def test_sentences_say_where_er_vanishes_and_the_figure_has_every_model(modern):
+    (_, lines, points), text, out = modern
+    said = " ".join(text[text.index("\n1. ") :].split())
+    for s in lines:
+        with open(testbeds.FOLDER / "modern_pairs.csv", newline="") as file:
+            pairs = [row for row in csv.DictReader(file) if not row["by way of"]]
+        gold = [
+            np.mean([points[p[end], s].er for p in pairs]) for end in ("zero-shot", "fine-tuned")
+        ]
+        before, after = (f"{100 * x:+.1f}" for x in gold)
+        assert f"{s}: ER over 13 pairs is {before} before fine-tuning and {after} after" in said
+    assert "+5.0 before fine-tuning and +0.4 after, which is within two standard" in said
+    assert said.count("which is beyond two standard deviations") == 2  # Sketch, R
+    with open(out / "figures/er_modern.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 3 * 957 + 956 + 4 * 26
+
+
+def test_a_model_in_its_own_baseline_is_refused_at_any_size():
+    bed = testbeds.read("modern")
+    inside, role = bed.models[0], bed.studied.pop(PAIR[1])
+    twin = inside.split("@")[0] + "@999"
+    bed.models[bed.row(PAIR[1])], bed.studied[twin] = twin, role
+    with pytest.raises(
+        common.InputError, match="is in its own baseline on imagenet.*; take it out"
+    ):
+        er_study.baseline(bed, "imagenet-sketch")
+
+
+def test_a_wrong_modern_table_is_refused_where_it_stands(tmp_path, monkeypatch):
+    shipped = testbeds.FOLDER
+    for edit, words in (
+        (put(3, "imagenet-r:30000", "30001"), "line 3, column imagenet-r:30000: '30001', expected"),
+        (put(3, "imagenet-r:30000", "0.61"), "line 3, column imagenet-r:30000: '0.61', expected"),
+        (lambda rows: rows + rows[7:8], "is in line 8, too"),
+        (lambda rows: [row[:1] + row[2:] for row in rows], "no column 'role'; it has model"),
+    ):
+        edited(shipped / "modern.csv", tmp_path / "modern.csv", edit)
+        with pytest.raises(common.InputError, match=words):
+            testbeds.read(tmp_path / "modern.csv")
+    edited(
+        shipped / "modern_pairs.csv",
+        tmp_path / "modern_pairs.csv",
+        lambda rows: [r[1:] for r in rows],
+    )
+    monkeypatch.setattr(testbeds, "FOLDER", tmp_path)
+    with pytest.raises(common.InputError, match="no column 'pair'; it has zero-shot, fine-tuned"):
+        run("--testbed", "modern", "--out", tmp_path)
 
 
 def test_an_accuracy_outside_the_testbeds_range_is_marked_extrapolated():
@@ -235,7 +353,8 @@ def test_a_run_is_evaluated_at_the_start_log_spaced_in_epoch_one_and_then_by_epo
 
 
 def test_a_trajectory_has_counts_of_every_shift_at_every_step(world, path, checkpoints):
-    assert er_study.read([path], lines := lines_of(world)) == checkpoints
+    lines = lines_of(world)
+    assert er_study.read(path) == checkpoints
     assert sorted({c.step for c in checkpoints}) == er_study.cadence(3, 2)
     for c in checkpoints:
         assert c.n_id == c.n_val == 48 and c.er_lo <= c.er <= c.er_hi
@@ -269,19 +388,6 @@ def test_step_zero_is_the_zero_shot_model_and_id_and_ood_are_of_the_same_weights
         assert common.predict(config, {"": zero_shot}, split, clip)[""].right.sum() == k
 
 
-def test_replay_of_the_files_says_what_the_live_run_said(world, path, checkpoints):
-    config, _, _, _, bed = world
-    live = io.StringIO()
-    with contextlib.redirect_stdout(live):
-        er_study.report(config, bed, lines_of(world), checkpoints)
-    _, text = run("--plot", path, "--out", config.out)
-    assert text == live.getvalue()
-    assert "effective robustness on" in text
-    assert (Path(config.out) / "figures/er_study.png").stat().st_size > 10_000
-    with open(Path(config.out) / "figures/er_study.csv", newline="") as file:
-        assert len(list(csv.reader(file))) == 1 + 8 + len(checkpoints) // 3
-
-
 def test_poisoned_labels_of_the_shifts_change_no_training_and_no_choice(
     world, checkpoints, tmp_path
 ):
@@ -313,7 +419,7 @@ def test_a_crash_loses_one_evaluation_and_the_same_command_goes_on(
         patch.setattr(er_study, "measure", dies)
         follow(world, out=tmp_path)
     (part,) = tmp_path.glob("trajectories/*.csv")
-    assert er_study.read([part], lines_of(world)) == checkpoints[:9]
+    assert er_study.read(part) == checkpoints[:9]
     assert follow(world, out=tmp_path) == checkpoints
     assert part.read_text() == path.read_text()
 
@@ -447,48 +553,16 @@ def column_twice(rows):
     return [[*row, row[-1]] for row in rows]
 
 
-TRAJECTORY_FAULTS = [  # an edit of a trajectory, the words of the refusal
-    (put(3, "k_ood", "99"), "line 3: k_ood 99 of n_ood 60"),
-    (put(3, "k_val", ""), "line 3, column k_val: '', expected a whole number"),
-    (put(3, "beta", "61.2"), "line 3: beta 61.2 and er .* measured with another testbed"),
-    (put(3, "n_ood", "600"), "line 3: beta .* but the testbed's line gives"),
-    (put(2, "init", "frozen"), "line 2: init 'frozen'; expected zero-shot"),
-    (put(2, "shift", "Foo"), "line 2: the testbed has no shift 'Foo'"),
-    (put(2, "lr", "fast"), "line 2, column lr: 'fast', expected a number"),
-    (lambda rows: rows + rows[1:], "line .*: .'zero-shot, lr 0.001, seed 0', 0, 'Scan'. is in"),
-    (lambda rows: [*rows, rows[1][:9]], "9 cells under 25 columns"),
-    (lambda rows: [row[1:] for row in rows], "no column 'run'; it has model, init"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("edit", "words"), TRAJECTORY_FAULTS)
-def test_a_wrong_trajectory_is_refused_by_line_and_column(world, path, edit, words, tmp_path):
-    edited(path, tmp_path / "x.csv", edit)
-    with pytest.raises(common.InputError, match=words):
-        er_study.read([tmp_path / "x.csv"], lines_of(world))
-
-
-def test_a_copied_trajectory_and_another_testbeds_are_refused(world, path, tmp_path):
-    copied = tmp_path / "copy.csv"
-    copied.write_text(path.read_text())
-    with pytest.raises(common.InputError, match="copy.csv, line 2: step 0 of .* in another file"):
-        er_study.read([path, copied], lines_of(world))
-    bed = dataclasses.replace(world[4], n=world[4].n | {"UCI": 120})
-    testbeds.write(dataclasses.replace(bed, right={}), tmp_path / "testbed.csv")
-    with pytest.raises(common.InputError, match="it was measured with another testbed"):
-        run("--plot", f"{tmp_path}/*.csv", "--out", tmp_path)
-
-
 def test_a_testbed_that_is_written_is_read_with_or_without_a_byte_order_mark(tmp_path):
     bed = by_image()
-    bed.studied = ("m3",)
+    bed.studied = {"m3": "studied"}
     for kept, name in ((bed, "x.npz"), (dataclasses.replace(bed, right={}), "x.csv")):
         testbeds.write(kept, tmp_path / name)
         if name == "x.csv":
             (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
         again = testbeds.read(tmp_path / name)
         assert again.models == bed.models and again.id_of == bed.id_of and again.n == bed.n
-        assert all((again.k[s] == bed.k[s]).all() for s in bed.k) and again.studied == ("m3",)
+        assert all((again.k[s] == bed.k[s]).all() for s in bed.k) and again.studied == bed.studied
 
 
 TESTBED_FAULTS = [  # an edit of cifar10.csv, the words of the refusal
@@ -505,50 +579,6 @@ def test_a_wrong_testbed_is_refused_by_line_and_column(edit, words, tmp_path):
     edited(testbeds.FOLDER / "cifar10.csv", tmp_path / "testbed.csv", edit)
     with pytest.raises(common.InputError, match=words):
         testbeds.read(tmp_path / "testbed.csv")
-
-
-def write_percent(path, scale=100, rows=None):
-    """imagenet2020 in the form of the public table."""
-    known = testbeds.read("imagenet2020")
-    with open(path, "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["model", *known.n, "another setting"])
-        for i, m in enumerate(known.models):
-            share = [known.k[s][i] / n for s, n in known.n.items()]
-            out.writerow([m, *("" if np.isnan(x) else f"{scale * x:.5f}" for x in share), "7"])
-        out.writerows(rows or [])
-    return known
-
-
-def test_a_public_table_in_percent_becomes_counts_and_its_blanks_nan(tmp_path):
-    known = write_percent(tmp_path / "table.csv")
-    bed = testbeds.read(tmp_path / "table.csv")
-    assert bed.studied == known.studied and np.isnan(bed.k["imagenet-r"]).any()
-    for s in known.n:
-        np.testing.assert_array_equal(bed.k[s], known.k[s])
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"scale": 1}, "column val: nothing is above 1 %; shares, not percent?"),
-        ({"rows": [["FixPNASNet", *"1111117"]]}, "line 208: .'FixPNASNet',. is in line 5, too"),
-        ({"rows": [["x", "101", *"111117"]]}, "column val: '101', expected a number from 0 to 100"),
-        ({"rows": [["x", "n/a", *"111117"]]}, "line 208, column val: 'n/a', expected a number"),
-    ],
-)
-def test_a_wrong_public_table_is_refused_by_line_and_column(options, words, tmp_path):
-    write_percent(tmp_path / "table.csv", **options)
-    with pytest.raises(common.InputError, match=words):
-        testbeds.read(tmp_path / "table.csv")
-
-
-def test_a_broken_public_model_is_left_out_with_a_sentence(tmp_path, capsys):
-    bits = np.packbits(np.eye(3, 16, dtype=bool), axis=1)
-    np.savez(tmp_path / "x.npz", models=["a", "fv_16k", "b"], val=bits, **{"val/n": 16})
-    bed = testbeds.read(tmp_path / "x.npz")
-    assert bed.models == ["a", "b"] and bed.right["val"].shape == (2, 16)
-    assert "fv_16k is left out: its public ImageNetV2 predictions" in capsys.readouterr().out
 
 
 def test_quick_leaves_what_the_user_gave(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A method of one's own is one file: README's "Add a method", trained on the digits."""
+"""A method of one's own is one file: that of docs/add_a_method.md, trained on the digits."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,8 @@ from small import few_digits, use_digits
 
 import common
 
-README = (Path(common.__file__).parent / "README.md").read_text()
-# the block under "Add a method"
-METHOD = README[README.index("from dataclasses import") :].split("```")[0]
+HERE = Path(common.__file__).parent
+METHOD = (HERE / "docs/add_a_method.md").read_text().split("```")[1].removeprefix("python\n")
 
 
 @pytest.fixture
@@ -42,6 +41,16 @@ def test_a_fifth_method_gets_its_row_its_interval_and_its_figure(method, tmp_pat
     assert len(list((out / "checkpoints").glob("*.pt"))) == 3  # FT is read, Smooth trained anew
     for split, right in rows[0].right.items():
         assert (again[0].right[split] == right).all()
+
+
+def test_readme_shows_its_heart():
+    readme = (HERE / "README.md").read_text()
+    start = readme.index("## Add a method")
+    shown = readme[start : readme.index("## ", start + 1)].split("```")[1].splitlines()
+    whole = METHOD.replace("smoothing=strength", "smoothing=config.smoothing")
+    whole = whole.replace('"smoothing": strength', '"smoothing": config.smoothing')
+    for line in filter(None, shown[1:]):
+        assert line in whole.splitlines()
 
 
 def test_its_help_has_the_shared_settings_and_its_own(method, capsys):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import PNG, plant
 
 import common
 from data import images as decoding
@@ -31,34 +30,46 @@ def loaded(split, order, transform=PLAIN, **settings):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_file_is_named_or_left_out_and_named(workers, tmp_path, capsys):
+def test_a_damaged_file_is_named(workers, tmp_path):
     good, bad = photo(tmp_path), tmp_path / "bad.jpg"
     bad.write_bytes((tmp_path / "photo.jpg").read_bytes()[:1500])
-    split, order = split_of(bad, good, labels=[1, 0]), [[(0, 0), (1, 0)]]
     with pytest.raises(common.InputError, match=r"^\S*bad\.jpg cannot be read.*--skip-bad-images"):
-        loaded(split, order, workers=workers)
-    ((pixels, labels, index),) = loaded(split, order, workers=workers, skip_bad_images=True)
-    assert labels.tolist() == [-1, 0] and index.tolist() == [0, 1] and pixels[0].eq(0).all()
-    assert (
-        capsys.readouterr().out == f"val: 1 of 2 images are unreadable and were left out: {bad}\n"
-    )
-    loaded(split, order, workers=workers, skip_bad_images=True)
-    assert capsys.readouterr().out == ""  # said once
+        loaded(split_of(bad, good), [[(0, 0), (1, 0)]], workers=workers)
 
 
-def test_a_process_without_a_part_of_a_batch_gets_an_image_that_nobody_counts(tmp_path, capsys):
+def test_skipped_images_are_named_on_every_run_and_decoded_once(tmp_path, monkeypatch, capsys):
+    files, tried = [photo(tmp_path, f"{i}.jpg") for i in range(4)], []
+    whole = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[:1500])
+    decode = common.unreadable
+    monkeypatch.setattr(common, "unreadable", lambda x: tried.append(len(x)) or decode(x))
+
+    def left(labels=(0, 0, 1, 1)):
+        """Indices of the images of train that stay."""
+        sets = [split_of(*files, name=name, labels=list(labels)) for name in ("train", "test")]
+        data = common.Data("folder", ["a", "b"], ["{}"], sets[0], sets[1], sets[1], [], [])
+        common.leave_out_unreadable(common.Run(out=str(tmp_path / "out")), data)
+        assert data.test.images == data.train.images
+        return [files.index(path) for path in data.train.images]
+
+    for again in (False, True):
+        tried.clear()
+        assert left() == [0, 2, 3]
+        assert tried == ([1, 1] if again else [4, 1, 4, 1])
+        assert f"train: 1 of 4 images are unreadable and were left out: {files[1]}" in (
+            capsys.readouterr().out
+        )
+    with pytest.raises(common.InputError, match="no image of this class can be read; restore"):
+        left([0, 1, 0, 0])
+    capsys.readouterr()
+    (tmp_path / "1.jpg").write_bytes(whole)
+    assert left() == [0, 1, 2, 3] and capsys.readouterr().out == ""
+
+
+def test_a_process_without_a_part_of_a_batch_gets_an_image_that_nobody_counts(tmp_path):
     split = split_of(photo(tmp_path), name="train")
     ((pixels, labels, index),) = loaded(split, [[(0, None)]])
     assert pixels.eq(0).all() and labels.tolist() == index.tolist() == [-1]
-    assert split.unreadable == set() and capsys.readouterr().out == ""
-
-
-def test_a_training_class_without_a_readable_image_is_refused(tmp_path):
-    plant(tmp_path, "", {"cat/a.png": "", "cat/b.png": "", "dog/a.png": PNG})
-    files = [tmp_path / name for name in ("cat/a.png", "cat/b.png", "dog/a.png")]
-    split, order = split_of(*files, name="train", labels=[0, 0, 1]), [[(0, 0), (2, 0)], [(1, 0)]]
-    with pytest.raises(common.InputError, match="cat: no image of this class can be read"):
-        loaded(split, order, skip_bad_images=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"words", None])
@@ -74,7 +85,7 @@ def test_a_bug_in_the_transform_is_not_blamed_on_the_file(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        common.Images(split_of(photo(tmp_path)), broken, skip_bad=True)[0, 0]
+        common.Images(split_of(photo(tmp_path)), broken)[0, 0]
 
 
 @pytest.mark.parametrize(

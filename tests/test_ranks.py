@@ -16,14 +16,15 @@ import vrf
 def runs(tmp_path_factory):
     """(one process's results, [of rank 0, of rank 1], folder of the one, of the two, what was said)
 
-    81 images in batches of 8: rank 0 has no part of the last. One of them, and one under shift,
-    cannot be read and is skipped. At the end rank 1 is killed in a training.
+    81 images in batches of 8: rank 0 has no part of the last. One more, and one under shift, cannot
+    be read and is skipped. At the end rank 1 is killed in a training.
     """
-    tree, one, two = (tmp_path_factory.mktemp(name) for name in ("tree", "one", "two"))
-    make_tree(tree)
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    tree = make_tree(one / "tree")
     (tree / "again").unlink()
     for path in (*tree.glob("val/*/[23].jpg"), *tree.glob("test/*/[23].jpg")):
         path.unlink()
+    (tree / "train/hue_2/more.jpg").write_bytes((tree / "train/hue_2/0.jpg").read_bytes())
     for name in ("train/hue_1", "noisy/hue_1"):
         (tree / name / "bad.jpg").write_bytes((tree / name / "0.jpg").read_bytes()[:200])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -42,6 +43,12 @@ def test_gradients_of_the_whole_batch_and_spd_of_sharded_weights_are_those_of_on
     for rank in two:
         for name in ("gradients", "sharded"):
             torch.testing.assert_close(rank[name], one[name], rtol=1e-12, atol=1e-12)
+
+
+def test_the_statistics_of_batch_norm_are_rank_0s_after_every_step(runs):
+    _, (first, second), *_ = runs
+    assert all(map(torch.equal, first["statistics"], second["statistics"]))
+    assert not torch.equal(first["statistics"][0], first["statistics"][-1])
 
 
 @pytest.mark.parametrize("script", list(ranks.COMMANDS))
@@ -81,7 +88,7 @@ def test_a_dead_process_ends_the_job_and_one_process_goes_on_from_its_checkpoint
 
     monkeypatch.setattr(common, "train_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        vrf.main(ranks.arguments(one.parent / "tree0", two / "killed", *ranks.LONG))
+        vrf.main(ranks.arguments(one / "tree", two / "killed", *ranks.LONG))
     (path,) = two.glob("killed/checkpoints/*.pt")
     step = common.load_tensors(path)["step"]
     assert f"continues {path} at step {step} of 4400" in capsys.readouterr().out and step > 0

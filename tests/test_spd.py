@@ -5,10 +5,10 @@ The compiled kernel of spd_step is compared with spd.spd_step in test_spd_step.p
 
 import copy
 import io
+import random
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 
 import compiled
 import pytest
@@ -104,6 +104,19 @@ def test_the_golden_trace_of_the_zero_anchor(way):
     assert seen[3] == pytest.approx((0.65494286, -0.51337107))
 
 
+def test_the_report_of_the_golden_trace_by_hand(way):
+    """Of five steps the fifth is projected, from a deviation of .65663174 back to .56568542."""
+    param = nn.Parameter(torch.tensor([0.5, -0.25], dtype=torch.float64))
+    optimiser = spd.AdamSPD([param], lr=0.1, spd_lambda=2.0, **way)
+    assert optimiser.report() == {}
+    for gradient in [OUT] * 4 + [BACK]:
+        param.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimiser.step()
+    r = 1 - 0.56568542 / 0.65663174
+    expected = {"fired": 1 / 5, "mean_r": r, "decay": 2 * r / 5}
+    assert optimiser.report() == pytest.approx(expected, rel=1e-6)
+
+
 def ratio(before, after, anchor):
     return spd.deviation_ratio(*spd.squared_deviations(before, after, anchor))
 
@@ -145,17 +158,23 @@ def test_a_small_ratio_keeps_its_digits_in_fp32_and_in_bf16():
         assert found == pytest.approx((far - near) / far, rel=1e-6)
 
 
-@pytest.mark.parametrize(("lr", "smooth"), [(1e-4, True), (1e-2, False)])
-def test_on_a_smooth_loss_spd_is_adam_and_on_noise_it_holds_the_weights(lr, smooth):
+@pytest.mark.parametrize("smooth", [True, False])
+def test_on_a_smooth_loss_spd_is_adam_and_on_noise_it_holds_the_weights(smooth, way):
     """Users take the first for a wrong sign. It is the method: nothing turns back."""
-    ends = []
+    ends, shares = [], []
     for strength in (0.0, 2.0):
-        model = network()
-        start, optimiser = copies(model), spd.AdamSPD(model.parameters(), lr, spd_lambda=strength)
+        model, lr = network(), 1e-4 if smooth else 1e-2
+        optimiser = spd.AdamSPD(model.parameters(), lr, spd_lambda=strength, **way)
         for i in range(50):
             train(model, optimiser, 1, first=0 if smooth else i)
-        ends.append(distance(model.parameters(), start))
-    assert ends[1] == ends[0] if smooth else ends[1] < 0.95 * ends[0]
+        ends.append(copies(model))
+        shares.append(optimiser.report()["fired"])
+    adam, held = ends
+    start = copies(network())
+    if smooth:
+        assert equal(adam, held) and shares == [0, 0]
+    else:
+        assert distance(held, start) < 0.95 * distance(adam, start) and shares[1] > 0.2
 
 
 # AdamSPD and its options
@@ -220,8 +239,11 @@ def test_strengths_and_anchors_go_by_name_and_a_wrapped_model_is_shown():
     assert torch.equal(model[3].weight, head)
     model[0].requires_grad_(False)
     assert sum(len(group["params"]) for group in spd.param_groups(model)) == 4
-    with pytest.raises(ValueError, match="begins with '3.'; the names are as 'module.0.weight'"):
-        spd.param_groups(nn.DataParallel(model), {"3.": {}})
+    for wrapped in (nn.DataParallel(network()), torch.compile(network())):
+        sizes = [len(g["params"]) for g in spd.param_groups(wrapped, special)]
+        assert sizes == [1, 3, 2]
+        with pytest.raises(ValueError, match=r"begins with '7.'; the names are as '.*0.weight'"):
+            spd.param_groups(wrapped, {"7.": {}})
 
 
 @pytest.mark.parametrize(
@@ -232,6 +254,7 @@ def test_strengths_and_anchors_go_by_name_and_a_wrapped_model_is_shown():
         ({"lr": -1.0}, "lr must be 0 or more and finite, got -1"),
         ({"spd_lambda": float("inf")}, "spd_lambda must be"),
         ({"anchr": "none"}, "no option 'anchr'; did you mean 'anchor'"),
+        ({"lambda": 2.0}, "no option 'lambda'; did you mean 'spd_lambda'"),
     ],
 )
 def test_a_group_that_cannot_be_meant_is_refused_and_not_added(options, words):
@@ -294,7 +317,8 @@ def saved_and_loaded(optimiser):
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(rule):
     options = {"lr": 1e-2, "condition": rule}
     whole, model, again = network(), network(), network()
-    expected = train(whole, spd.AdamSPD(whole.parameters(), **options), 20)
+    unbroken = spd.AdamSPD(whole.parameters(), **options)
+    expected = train(whole, unbroken, 20)
     optimiser = spd.AdamSPD(model.parameters(), **options)
     train(model, optimiser, 10)
     again.load_state_dict(model.state_dict())
@@ -302,6 +326,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(rule):
     resumed.load_state_dict(saved_and_loaded(optimiser))
     assert equal([resumed.state[p]["anchor"] for p in again.parameters()], copies(network()))
     assert equal(train(again, resumed, 10, first=10), expected)
+    assert resumed.report() == unbroken.report()
 
 
 def test_a_state_without_anchors_is_refused_and_never_anchored_anew():
@@ -319,6 +344,22 @@ def test_a_state_without_anchors_is_refused_and_never_anchored_anew():
     optimiser.param_groups[0]["params"][0].grad = torch.ones(5)
     with pytest.raises(ValueError, match="the anchors are lost"):
         optimiser.step()
+
+
+def test_anchors_that_something_zeroes_are_noticed_and_copies_go_on():
+    model = network()
+    optimiser = spd.AdamSPD(model.parameters())
+    train(model, optimiser, 3)
+    both = copy.deepcopy([model, optimiser])
+    train(*both, 3)
+    loaded = spd.AdamSPD(model.parameters())
+    loaded.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    train(model, loaded, 3)
+    for state in loaded.state.values():  # as some helpers do, to begin anew
+        for value in state.values():
+            value.zero_() if torch.is_tensor(value) else None
+    with pytest.raises(ValueError, match="something wrote to the anchors"):
+        train(model, loaded, 1)
 
 
 def test_weights_loaded_after_the_optimiser_was_made_warn_once():
@@ -394,6 +435,24 @@ def test_mixing_gives_soft_targets_and_drop_path_trains_only():
     assert not torch.equal(visual(x), visual(x))
 
 
+def test_deits_crops_and_randaugment_depend_on_the_seed_of_the_image_alone():
+    clip = common.Clip(None, None, "", False, 32, (0.5,) * 3, (0.5,) * 3)
+    image = Image.fromarray(torch.randint(256, (48, 40, 3), dtype=torch.uint8).numpy())
+    transform, found = spd.augmentation(clip), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(transform(image))
+        random.random()
+    assert torch.equal(*found[:2]) and not torch.equal(*found[1:])
+    words = " ".join(str(t) for t in transform.transforms)
+    assert "RandAugment" in words and "RandomHorizontalFlip" in words and "ColorJitter" not in words
+
+
+def test_the_rate_warms_up_and_ends_at_its_share():
+    rates = [spd.schedule(0.5, step, 10, 110) for step in (0, 9, 60, 110)]
+    assert rates == pytest.approx([0.1, 1, 0.75, 0.5])
+
+
 def domains(root):
     """DomainNet's layout: two classes of ten images each, of which three are in the test list."""
     for domain in ("clipart", "infograph", "real", "sketch"):
@@ -408,15 +467,27 @@ def domains(root):
     return root
 
 
-def test_id_is_a_domain_of_domainnet_fraction_thins_it_and_infograph_is_left_out(tmp_path):
-    config = spd.Config(data=str(domains(tmp_path)), id="real", fraction=0.5, val_fraction=0.2)
-    thin, full = spd.open_data(config), spd.open_data(replace(config, fraction=1.0, infograph=True))
-    assert [s.name for s in thin.shifts] == ["Clipart", "Sketch"]
-    assert [s.name for s in full.shifts] == ["Clipart", "Infograph", "Sketch"]
-    assert thin.train.labels.bincount().tolist() == [3, 3]
-    assert full.train.labels.bincount().tolist() == [6, 6]
-    assert set(thin.train.images) < set(full.train.images) and thin.train.name == "train"
-    assert "real (50%)" in common.describe(thin)
+def test_of_domainnet_infograph_is_left_out(tmp_path):
+    data = spd.open_data(spd.Config(data=f"{domains(tmp_path)}/real", val_fraction=0.2))
+    assert [s.name for s in data.shifts] == ["Clipart", "Sketch"]
+    assert not any(name.startswith("infograph") for name in data.missing)
+
+
+def test_imagenet_has_the_groups_recipe_and_what_the_user_typed_stays():
+    config = spd.Config(warmup=7, given=frozenset(["warmup"]))
+    common.apply_preset(config, "imagenet", spd.PRESETS)
+    assert (config.warmup, config.lr_end, config.augment, config.epochs) == (7, 0.5, "deit", 30)
+
+
+def test_one_of_a_sets_own_classes_may_be_right_where_another_of_all_is_larger():
+    logits = torch.tensor([[0.0, 1, 2, 5], [0, 5, 2, 1], [3, 1, 2, 1]])
+    labels = torch.tensor([0, 1, 0])
+    for groups, own, among_all in (
+        ([[0, 3], [2]], [True, True, True], [True, False, True]),
+        (None, [False, True, True], [False, True, True]),
+    ):
+        assert common.project(logits, groups).argmax(1).eq(labels).tolist() == own
+        assert spd.right_among_all(logits, labels, groups).tolist() == among_all
 
 
 def test_the_strength_is_chosen_by_id_val_for_each_run_and_of_equals_the_first():
@@ -431,7 +502,12 @@ def test_the_strength_is_chosen_by_id_val_for_each_run_and_of_equals_the_first()
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("tree"))
+    """make_tree's, and a shift that has three of the ten classes."""
+    root = make_tree(tmp_path_factory.mktemp("tree"))
+    (root / "few").mkdir()
+    for i in range(3):
+        (root / "few" / f"hue_{i}").symlink_to(root / "noisy" / f"hue_{i}")
+    return root
 
 
 def words(tree, out, text):
@@ -444,11 +520,20 @@ def test_the_script_trains_chooses_resumes_and_repeats(tree, tmp_path, capsys):
     printed = capsys.readouterr().out
     methods = ["Zero-shot", "AdamW", "Adam-SPD 2", "Adam-SPD, by ID val"]
     assert [r.method for r in rows] == methods and "2. Adam-SPD, by ID val less AdamW" in printed
+    own, among_all = rows[0].right, rows[0].tensors["all classes"]
+    assert "among all classes" in printed and own.keys() == among_all.keys()
+    assert torch.equal(own["noisy"], among_all["noisy"])
+    assert own["few"][among_all["few"]].all() and own["few"].sum() > among_all["few"].sum()
     start, adamw, ours, _ = rows
     far = [row.numbers["deviation"] for row in (start, ours, adamw)]
     assert far[0] == 0 and far == sorted(far)
     gained = adamw.right["test"].double().mean() - start.right["test"].double().mean()
     assert gained > 0.1
+    fired, r, decay = (ours.numbers[name] for name in ("fired", "mean_r", "decay"))
+    assert (
+        0.1 < fired < 1 and decay == pytest.approx(2 * fired * r) and "fired" not in adamw.numbers
+    )
+    assert f"{fired:.0%}  {r:.4f}" in printed
     again = spd.main(words(tree, tmp_path, text))
     assert "trained before" in capsys.readouterr().out
     for a, b in zip(rows, again, strict=True):
@@ -475,10 +560,15 @@ def test_the_best_epoch_on_id_val_is_kept_and_not_the_last(tree, tmp_path):
 
 def test_another_head_condition_or_loss_is_another_checkpoint(tree, tmp_path):
     text = "--methods Adam-SPD --spd-lambda 1 --epochs 1 --mixup 0 --cutmix 0"
-    changes = ([], ["--head", "none"], ["--condition", "paper"], ["--smoothing", "0"])
-    for i, change in enumerate(changes, 1):
-        spd.main([*words(tree, tmp_path, text), *change])
+    flags = "", "--head none", "--smoothing 0", "--lr-end 0.5", "--augment deit"
+    for i, change in enumerate(flags, 1):
+        spd.main(words(tree, tmp_path, f"{text} {change}"))
         assert len(list(tmp_path.glob("checkpoints/adam-spd-1-*.pt"))) == i
+    rows = spd.main(words(tree, tmp_path, f"{text} --condition both"))
+    names = ["Zero-shot", "Adam-SPD 1", "Adam-SPD (sum) 1"]
+    assert [r.method for r in rows if r.choice is None] == names
+    assert len(list(tmp_path.glob("checkpoints/adam-spd-1-*.pt"))) == len(flags)  # trained before
+    assert rows[1].numbers["deviation"] != rows[2].numbers["deviation"]
 
 
 def test_the_readmes_example_trains():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import vrf
@@ -39,11 +40,11 @@ def test_only_ft_right_and_zs_wrong_is_a_zero_shot_failure():
 
 
 def test_k_is_the_papers_floor_or_the_codes_share_of_train_and_from_one_to_all():
-    by_stored = {999: 1, 1000: 1, 2999: 2, 3000: 3, 330_000: 330, 5: 1, 0: 1}
-    assert {stored: vrf.neighbours(stored, "paper", 0.001) for stored in by_stored} == by_stored
-    assert vrf.neighbours(330_000, "code", train=1_280_000) == 258
-    assert vrf.neighbours(3, "paper", 5.0) == 3
-    assert vrf.neighbours(100, "paper", 0.29) == 29 > 0.29 * 100
+    by_failures = {999: 1, 1000: 1, 2999: 2, 3000: 3, 330_000: 330, 5: 1, 0: 1}
+    assert {n: vrf.neighbours(n, 50_000, "paper", 0.001) for n in by_failures} == by_failures
+    assert vrf.neighbours(330_000, 1_280_000, "code") == 258
+    assert vrf.neighbours(3, 9, "paper", 5.0) == 3
+    assert vrf.neighbours(100, 900, "paper", 0.29) == 29 > 0.29 * 100
 
 
 def test_kth_distance_of_three_points_by_hand():
@@ -84,7 +85,7 @@ def test_the_kernel_is_used_on_the_devices_that_it_has(devices, expected, monkey
     def kernel(queries, reference, k):
         return queries.new_full((len(queries),), 7.0)
 
-    found = types.SimpleNamespace(devices=devices, knn_kth_distance=kernel)
+    found = types.SimpleNamespace(knn_devices=devices, knn_kth_distance=kernel)
     monkeypatch.setattr(common, "kernels", lambda work: found)
     d = vrf.fast_knn(torch.device("cpu"), torch.ones(3, 2), torch.ones(4, 2), 1)
     assert d.tolist() == [expected] * 3
@@ -101,11 +102,11 @@ def test_the_weight_has_the_papers_values_and_is_finite_with_a_tiny_b():
 # Algorithm 1
 
 
-def tiny_scan():
+def tiny_errors():
     """Five errors of ZS among nine images. FT mends two, which lie at (1, 0) and (0, 1)."""
     features = torch.tensor([[8.0, 0.0], [-1.0, 0.0], [0.0, 0.1], [0.0, -1.0], [-1.0, -1.0]])
     ft, labels = torch.tensor([1, 2, 1, 2, 2]), torch.ones(5).long()
-    return vrf.Scan(torch.arange(5), labels, 0 * labels, ft, features, 9)
+    return vrf.ZeroShotErrors(torch.arange(5), labels, 0 * labels, ft, features, 9)
 
 
 def tiny_samples(labels):
@@ -116,27 +117,29 @@ def tiny_samples(labels):
 
 def test_algorithm_1_by_hand():
     val, test = tiny_samples(torch.tensor([1, 0])), tiny_samples(torch.tensor([0, 0]))
-    found = vrf.algorithm_1(tiny_scan(), val, {"test": test}, [(4.0, 0.5), (1.0, 0.5), (1.1, 0.5)])
+    found = vrf.algorithm_1(
+        tiny_errors(), val, {"test": test}, [(4.0, 0.5), (1.0, 0.5), (1.1, 0.5)]
+    )
     assert found.V.tolist() == [[1.0, 0.0], [0.0, 1.0]] and found.k == 1
     torch.testing.assert_close(found.d["test"], torch.tensor([0.0, 2.0]))  # squared
     assert found.ab == (1.0, 0.5)  # at a = 4 FT outweighs ZS everywhere; (1.1, 0.5) only equals it
     w = torch.sigmoid(torch.tensor([2.0, -2.0]))
-    torch.testing.assert_close(found.p["test"][:, 1], 0.8 * w + 0.2 * (1 - w))
+    torch.testing.assert_close(found.p_vrf["test"][:, 1], 0.8 * w + 0.2 * (1 - w))
 
 
 def test_algorithm_1_takes_the_plain_distance_and_the_codes_k_when_asked():
     val = tiny_samples(torch.tensor([1, 0]))
-    found = vrf.algorithm_1(tiny_scan(), val, {}, [(1.0, 0.5)], "code", power=1)
+    found = vrf.algorithm_1(tiny_errors(), val, {}, [(1.0, 0.5)], "code", power=1)
     assert found.k == 2  # round(1000 * 2 / 9), cut down to |V|
     torch.testing.assert_close(found.d["val"], torch.tensor([2.0, 4.0]).sqrt())
 
 
 def test_no_label_of_a_test_set_has_a_part_in_the_answers():
     val, tests = tiny_samples(torch.tensor([1, 0])), {"test": tiny_samples(torch.tensor([0, 1]))}
-    first = vrf.algorithm_1(tiny_scan(), val, tests, vrf.AB_GRID)
+    first = vrf.algorithm_1(tiny_errors(), val, tests, vrf.AB_GRID)
     tests["test"].labels = None
-    second = vrf.algorithm_1(tiny_scan(), val, tests, vrf.AB_GRID)
-    assert first.ab == second.ab and torch.equal(first.p["test"], second.p["test"])
+    second = vrf.algorithm_1(tiny_errors(), val, tests, vrf.AB_GRID)
+    assert first.ab == second.ab and torch.equal(first.p_vrf["test"], second.p_vrf["test"])
 
 
 def test_ose_takes_the_alpha_of_id_val_and_of_equals_the_first():
@@ -150,33 +153,29 @@ def test_ose_takes_the_alpha_of_id_val_and_of_equals_the_first():
 def test_temperatures_are_each_models_own():
     logits = {"ZS": torch.tensor([[2.0, 0.0]]), "FT": torch.tensor([[0.0, 3.0]])}
     of = {m: common.Prediction(torch.tensor([[3.0, 4.0]]), x, None) for m, x in logits.items()}
-    found = vrf.samples({"val": of}, "FT", {"ZS": 2.0, "FT": 0.5})["val"]
+    found = vrf.samples_of({"val": of}, "FT", 2.0, 0.5)["val"]
     torch.testing.assert_close(found.p_zs, F.softmax(logits["ZS"] / 2, 1))
     torch.testing.assert_close(found.p_ft, F.softmax(logits["FT"] / 0.5, 1))
     torch.testing.assert_close(found.v, torch.tensor([[0.6, 0.8]]))
 
 
-def test_ab_choices_of_the_paper_the_code_and_the_user():
-    assert vrf.ab_candidates(config(ab="paper"), "imagenet") == [(1.5, 0.5)]
-    assert vrf.ab_candidates(config(ab="code"), "imagenet") == [(1.5, 0.6)]
-    assert vrf.ab_candidates(config(ab="1.2,0.4"), "digits") == [(1.2, 0.4)]
-    for wrong in ("1.2", "0,1", "serch", "1,-2"):
-        with pytest.raises(common.InputError, match="expected search, paper, code or two"):
-            vrf.ab_candidates(config(ab=wrong), "digits")
-    with pytest.raises(common.InputError, match="Table 7 lacks ViT-B-16 on digits"):
-        vrf.ab_candidates(config(ab="paper"), "digits")
+def test_a_pair_of_the_user_takes_the_place_of_the_grid():
+    assert vrf.ab_grid(config()) == vrf.AB_GRID
+    assert vrf.ab_grid(config(ab="1.2,0.4")) == [(1.2, 0.4)]
+    for wrong in ("1.2", "0,1", "serch", "1,-2", "1,2,3"):
+        with pytest.raises(common.InputError, match="expected search, or two positive numbers"):
+            vrf.ab_grid(config(ab=wrong))
 
 
 def test_a_and_b_are_converted_to_the_plain_distance():
-    (got,) = vrf.ab_candidates(config(ab="1.5,0.6", distance="paper"), "digits")
+    (got,) = vrf.ab_grid(config(ab="1.5,0.6", distance="paper"))
     assert got == pytest.approx((1.225, 0.245), abs=6e-4)
 
 
 def test_the_grids_start_at_the_zero_shot_side_and_hold_the_papers_values():
     assert vrf.AB_GRID == sorted(vrf.AB_GRID) and vrf.AB_GRID[0] == (0.1, 0.1)
     assert vrf.ALPHAS == sorted(vrf.ALPHAS) and len(vrf.ALPHAS) == 11
-    table_7 = {ab for of_model in vrf.AB_PAPER.values() for ab in of_model.values()}
-    assert table_7 == {(1.5, 0.6), (0.3, 0.3), (1.1, 0.6), (1.5, 0.5)} <= set(vrf.AB_GRID)
+    assert {(1.5, 0.6), (0.3, 0.3), (1.1, 0.6), (1.5, 0.5)} <= set(vrf.AB_GRID)  # Table 7
 
 
 def test_defaults_are_the_papers():
@@ -184,6 +183,30 @@ def test_defaults_are_the_papers():
     assert (c.model, c.pretrained, c.epochs, c.batch) == ("ViT-B-16", "openai", 10, 512)
     assert (c.lr, c.lr_lpft, c.lr_lc, c.weight_decay) == (3e-5, 1e-5, 0.1, 0.1)
     assert (c.warmup, c.clip, c.p, c.ab) == (500, 1.0, 0.001, "search")
+
+
+def test_objectnets_border_is_cut_or_kept_as_the_code_keeps_it(tmp_path):
+    sets = [f"{part}/{wnid}" for part in ("train", "val") for wnid in ("n01440764", "n01443537")]
+    for name in (*sets, "objectnet-1.0/images/fish"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "objectnet-1.0/mappings").mkdir()
+    for name, text in (
+        ("folder_to_objectnet_label.json", '{"fish": "Fish"}'),
+        ("objectnet_to_imagenet_1k.json", '{"Fish": "tench"}'),
+        ("pytorch_to_imagenet_2012_id.json", '{"0": 0}'),
+        ("imagenet_to_label_2012_v2", "tench"),
+    ):
+        (tmp_path / "objectnet-1.0/mappings" / name).write_text(text)
+    words = f"--data {tmp_path} --out {tmp_path / 'out'} --device cpu --model tiny_clip".split()
+    hashes = set()
+    for choice, border in (("cut", 2), ("kept", 0)):
+        given = "--pretrained", "random", "--objectnet-border", choice
+        _, data, _, _ = vrf.prepare([*words, *given])
+        assert [s.border for s in data.shifts] == [border]
+        hashes.add(common.fingerprint(data.shifts[0]))
+    assert len(hashes) == 2  # so no cache of the one answers for the other
 
 
 def test_recipes_start_where_the_paper_says_with_their_own_rates(monkeypatch):
@@ -223,14 +246,14 @@ def toy_split(given, clip, models, name, whose):
     return dataclasses.replace(split)
 
 
-def test_the_scan_keeps_the_images_that_zero_shot_gets_wrong(tmp_path):
+def test_the_images_that_zero_shot_gets_wrong_are_kept(tmp_path):
     (clip, models), given = toy_models(), config(out=str(tmp_path))
     train = toy_split(given, clip, models, "train", "E2E-FT")
     predicted = common.predict(given, models, train, clip)
     data = common.Data("folder", list("abcde"), ["{}"], train, None, None, [], [])
-    found = vrf.scan(given, data, clip, models)["E2E-FT"]
+    found = vrf.zero_shot_errors(given, data, clip, models)["E2E-FT"]
     wrong = predicted["ZS"].logits.argmax(1) != train.labels
-    assert found.images == 200 and torch.equal(found.index, wrong.nonzero()[:, 0])
+    assert found.n_train == 200 and torch.equal(found.index, wrong.nonzero()[:, 0])
     assert torch.equal(found.features, predicted["E2E-FT"].features[wrong])
     assert torch.equal(found.predicted_zs, predicted["ZS"].logits.argmax(1)[wrong])
     assert vrf.failures(found.predicted_zs, found.predicted_ft, found.labels).all()
@@ -275,25 +298,7 @@ def test_every_row_mixes_what_its_name_says(tmp_path):
     assert not torch.equal(of["+OSE"].right[common.ID], of["+OSE calibrated"].right[common.ID])
 
 
-# figures, the paper's tables
-
-
-def test_ratio_of_accuracies_by_hand_and_nan_where_zero_shot_is_never_right():
-    zs = F.one_hot(torch.tensor([0, 1, 1, 1]), 2).float()
-    ft = F.one_hot(torch.tensor([0, 0, 0, 1]), 2).float()
-    x = vrf.Samples(None, zs, ft, torch.zeros(4).long())
-    rows = vrf.ratio_by_distance({"a": torch.tensor([0.0, 0.0, 1.0, 1.0])}, {"a": x})
-    assert rows[0][1:] == (2.0, 0.5, 1.0, 2)
-    assert math.isnan(rows[-1][1]) and rows[-1][2:] == (0.0, 0.5, 2)
-
-
-def test_windows_cover_the_bulk_of_the_distances():
-    d = np.linspace(0, 10, 1001)
-    found = vrf.windows(d)
-    assert found[0] == pytest.approx((0.0, 0.1, 0.2)) and found[-1][1] == pytest.approx(9.9)
-    narrow = vrf.windows(d / 100)  # eight windows even then
-    assert len(narrow) == 9 and narrow[1][1] - narrow[0][1] == pytest.approx(0.098 / 8)
-    assert vrf.windows(torch.full((5,), math.inf)) == []  # there is no failure set
+# the paper's tables
 
 
 def test_printed_averages_are_the_means_of_their_rows_but_for_the_noted_slips():

@@ -139,16 +139,19 @@ class Library:
 
     SPD_CHUNK = 4096
 
-    def knn_kth_distance_cuda_scratch(self, *sizes):
-        self.c.knn_kth_distance_cuda_scratch.restype = SIZE
-        return self.c.knn_kth_distance_cuda_scratch(*map(SIZE, sizes))
+    def knn_kth_distance_cuda_capacity(self, m, k):
+        self.c.knn_kth_distance_cuda_capacity.restype = SIZE
+        return self.c.knn_kth_distance_cuda_capacity(SIZE(m), SIZE(k))
 
-    def knn_kth_distance_cuda(self, *arguments):
-        queries, n, reference, m, d, k, centre, out, scratch, _ = arguments
-        memory = [(queries, 4 * n * d, INITIALISED, 4), (reference, 4 * m * d, INITIALISED, 4)]
-        memory += [(centre, 4 * d, INITIALISED, 4), (out, 4 * n, WRITABLE, 4)]
-        memory += [(scratch, self.knn_kth_distance_cuda_scratch(n, m, d, k), WRITABLE, 2)]
-        self._run("knn_kth_distance_cuda", memory, arguments)
+    def knn_kth_distance_cuda(self, batch, stream):
+        """batch: address of a KnnBatch of csrc/kernels.h"""
+        *pointers, n, m, d, _, _, capacity = (SIZE * 17).from_address(batch)
+        sizes = 4 * n * d, 4 * m * d, 2 * n * d, 2 * m * d, 4 * m, 4 * n
+        memory = [(*x, INITIALISED, 4) for x in zip(pointers[:6], sizes, strict=True)]
+        memory[2:4] = [(*x[:3], 2) for x in memory[2:4]]
+        memory += [(x, 4 * n, INITIALISED | WRITABLE, 4) for x in pointers[6:9]]
+        memory += [(pointers[9], 8 * n * capacity, WRITABLE, 4), (pointers[10], 4 * n, WRITABLE, 4)]
+        self._run("knn_kth_distance_cuda", memory, (batch, stream))
 
     def spd_step_cuda(self, *arguments):
         table, count, chunk_tensor, chunks, *_, partial, conditions, report, _ = arguments
@@ -167,7 +170,7 @@ class Library:
 
     def knn_kth_distance(self, queries, reference, k, schedule=0):
         self.schedule = schedule
-        return ops.knn_kth_distance_cuda(self, queries, reference, k)
+        return ops.knn_kth_distance_cuda(self, ops.padded(queries), ops.padded(reference), k)
 
     def spd_step(self, params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps,
                  spd_lambda, schedule=0, conditions=None):  # fmt: skip

@@ -7,7 +7,6 @@
 // the lane that holds the element; alignment and pitch rules are checked. They order no memory: a
 // __syncwarp() is needed.
 #pragma once
-#include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
 namespace nvcuda::wmma {

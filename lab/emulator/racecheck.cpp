@@ -11,7 +11,7 @@
 // * Access outside shared memory and the registered tensors, write to a read-only tensor,
 //   misaligned address, index outside an array. These stop the launch before the access takes
 //   place, so a wrong kernel cannot harm the process.
-// A place is one element of a tensor, but two bytes (a bf16 value) of shared memory and scratch.
+// A place is one element of a tensor, but two bytes (an fp16 value) of shared memory.
 // Two readers of a place are remembered: a third thread's write then meets one that is not itself.
 // Not judged: bank conflicts, volatile and fence protocols, weak order of atomics.
 #include <stdarg.h>

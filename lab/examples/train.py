@@ -31,7 +31,9 @@ def settings(**own):
         "spd_lambda": ("0.5,1,2", "strengths of Adam-SPD"),
         "epochs": (3, "ours"),
         "batch": (16, "ours"),
+        "micro": (0, "items at a time on the device; 0: the whole batch"),
         "lr": (1e-4, "ours"),
+        "lr_end": (0.0, "share of the rate where the warm-up begins and the cosine ends"),
         "weight_decay": (0.01, "of AdamW alone; ours"),
         "warmup": (500, "steps of linear warm-up, a tenth of all at most; ours"),
         "clip": (1.0, "largest gradient norm; ours"),
@@ -88,9 +90,19 @@ def fit(config, name, model, n, batch_of, loss_fn, optimiser):
         for step, rows in enumerate(common.batches(n, config.batch, steps, config.seed)):
             for group in optimiser.param_groups:
                 base = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = base * common.warmup_cosine(step, warmup, steps)
-            batch = tuple(x.to(device) for x in batch_of(rows))
-            loss = common.train_step(config, optimiser, scaler, loss_fn, batch)
+                factor = common.warmup_cosine(step, warmup, steps)
+                group["lr"] = base * (config.lr_end + (1 - config.lr_end) * factor)
+            parts = (x.to(device).split(config.micro or len(rows)) for x in batch_of(rows))
+            *first, last = zip(*parts, strict=True)
+
+            def weighted(part, rows=rows):
+                return loss_fn(part) * (len(part[0]) / len(rows))
+
+            for part in first:  # their gradients add up
+                with common.autocast(device, config.precision):
+                    loss = weighted(part)
+                scaler.scale(loss).backward()
+            loss = common.train_step(config, optimiser, scaler, weighted, last)
             if step % 10 == 0 and not loss.isfinite():
                 raise common.InputError(f"{name}: the loss is {loss} at step {step}; lower --lr")
             bar.update()

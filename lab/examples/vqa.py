@@ -10,8 +10,10 @@ file of both (TextVQA, VizWiz), or a list of question ids of VQAv2's val (VQA-CE
 are read where they are in one of these forms, which we have not seen. PALIGEMMA: a folder or name.
 
 LoRA starts as no change, so the anchor is zero: nothing is stored, "deviation" is the factors'
-norm. Rank 8, alpha 16, dropout 0.05 on q, k, v, o are of code that the group wrote in the weeks of
-the review; the paper's own settings are not known to us. Random weights hold nothing to forget:
+norm. The recipe (bf16, rank 8, alpha 16, dropout 0.05 on q, k, v, o; 10 epochs, 16 items x 2 steps
+x 8 GPUs; rate and strengths) is that of code which the group wrote in the weeks of the review; the
+paper's own is not known to us. Of its Table 6 the rows linear probe, LP-FT and WiSE-FT are not
+here; L2-SP has none, since with the zero anchor it is AdamW. Random weights hold nothing to forget:
 the default run shows that it runs, and nothing about SPD.
 """
 
@@ -27,14 +29,23 @@ from train import common, read_rgb
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "labels")
 LAYERS = r".*language_model.*\.[qkvo]_proj"
-PRESETS = {"generated": {"lr": 5e-3, "batch": 32, "epochs": 4, "warmup": 20}}
+SMALL = {"lr": 5e-3, "lr_end": 0.0, "batch": 32, "epochs": 4, "warmup": 20, "precision": "fp32"}
+PRESETS = {"generated": SMALL | {"spd_lambda": "0.5,1,2"}}
 Config = train.settings(
     data=("generated", "generated, or a folder with VQAv2's files"),
     model=("random", "random: a tiny PaliGemma; else what transformers takes"),
     ood=("", "folder with a folder for each further set"),
     images=("", "folder of the images; default: the one of --data, and each set's own"),
     rank=(8, "of LoRA, alpha twice that"),
-    lr=(1e-4, "ours"),
+    spd_lambda=("0.5,1,1.5,2", "strengths of Adam-SPD; the group's code has 0.5"),
+    epochs=(10, "the group's"),
+    batch=(256, "the group's, of all GPUs and accumulated steps"),
+    micro=(16, "items at a time on the device, the group's; 0: the whole batch"),
+    lr=(1e-3, "the group's"),
+    lr_end=(0.1, "share of the rate where the warm-up begins and the cosine ends, the group's"),
+    warmup=(1000, "steps of linear warm-up, a tenth of all at most; the group's"),
+    weight_decay=(1e-4, "of AdamW alone; of a later configuration of the group"),
+    precision=("bf16", "of the weights and of autocast", "fp32 bf16 fp16"),
     out=("runs/vqa", "folder for the generated items"),
 )
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
