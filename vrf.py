@@ -187,9 +187,7 @@ def algorithm_1(errors, val, tests, grid, k_rule="paper", p=0.001, power=2, knn=
     def accuracy_on_val(ab):
         return common.accuracy(vrf(val.p_zs, val.p_ft, weight(d["val"], *ab)), val.labels)
 
-    a, b = max(
-        grid, key=accuracy_on_val
-    )  # of equals the first: smallest a, then b
+    a, b = max(grid, key=accuracy_on_val)  # of equals the first: smallest a, then b
     # Online: each test sample's distance, its weight, and its mix of the two models.
     p_vrf = {}
     for name, x in tests.items():

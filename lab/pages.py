@@ -87,6 +87,11 @@ def prose(words):
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words, quote=False))
 
 
+def moved(body, folder):
+    """HTML with links that are relative to `folder`, as they are seen from a page."""
+    return re.sub(r'href="(?!https?:|#)', f'href="{folder}', body)
+
+
 def document(where):
     """HTML of a section, "docs/vrf.md#What it shows", of a document, without its figures."""
     path, heading = where.split("#")
@@ -96,7 +101,7 @@ def document(where):
     title = f'<h3>{html.escape(heading)} <a href="{HERE}/{path}">{path}</a></h3>'
     words = re.sub(r"!\[[^\]]*\]\([^)]*\)\s+(\*[^*]+\*)?", "", found[1])
     folder = f"{HERE}/{Path(path).parent}/".replace("/./", "/")
-    body = re.sub(r'href="(?!https?:|#)', f'href="{folder}', MARKDOWN.render(words))
+    body = moved(MARKDOWN.render(words), folder)
     box = '<div class="wide" tabindex="0" role="region" aria-label="table"><table>'
     return title + body.replace("<table>", box).replace("</table>", "</table></div>")
 
@@ -203,7 +208,8 @@ def difference(identity):
     rows = []
     for column, cell in differences()[identity].items():
         if cell and column != "ID":
-            rows.append(f"<dt>{column}</dt><dd>{MARKDOWN.renderInline(cell)}</dd>")
+            words = moved(MARKDOWN.renderInline(cell), f"{HERE}/docs/")
+            rows.append(f"<dt>{column}</dt><dd>{words}</dd>")
     return f'<div class="differs"><h3>Differs: {identity}</h3><dl>{"".join(rows)}</dl></div>'
 
 
