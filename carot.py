@@ -531,7 +531,7 @@ def figure(config, rows):
 
 def verdict(low, high):
     """What a 95 % interval says of the claim that it is above 0."""
-    return "holds here" if low > 0 else "the opposite holds here" if high < 0 else "stays open"
+    return "holds here" if low > 0 else "is contradicted here" if high < 0 else "stays open"
 
 
 def summary(rows):

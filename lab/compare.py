@@ -1,7 +1,7 @@
 """Every method of this repository in one table, and a sample-wise ensemble without a training set.
 
-    python lab/compare.py              # 1 run: 6 minutes of one core
-    python lab/compare.py --seeds 5    # the table of docs/compare.md: 30 minutes of one core
+    python lab/compare.py              # 1 run: 8 minutes of one core
+    python lab/compare.py --seeds 5    # the table of docs/compare.md: 45 minutes of one core
 
 E2E-FT with WSE, OSE and VRF, FLYP, CaRot, L2-SP and Adam-SPD are as vrf.py, carot.py and spd.py
 train and choose them, each by its own recipe; everything that is chosen is chosen on ID val.

@@ -447,7 +447,7 @@ def test_the_summary_names_the_side_on_which_the_intervals_lie(capsys):
     assert "less than each of them, holds here" in text
     other = {"CaRot": "FLYP", "FLYP": "CaRot", "ZS": "ZS"}
     carot.summary([dataclasses.replace(r, method=other[r.method]) for r in rows])
-    assert "the opposite holds here" in capsys.readouterr().out
+    assert "is contradicted here" in capsys.readouterr().out
 
 
 def test_printed_averages_are_the_means_of_their_rows_but_for_the_noted_slips():
