@@ -572,10 +572,24 @@ def check(config, clip):
         raise common.InputError(f"--micro-batch with {clip.name}: {reason}")
 
 
+def period(every, steps):
+    """Steps between updates of the teacher. One that is longer than a tenth of a short training is
+    cut, to about 50 updates; the paper's training has 51.
+    """
+    return every if every <= steps / 10 else max(1, steps // 50)
+
+
 def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier; the ablations start here, too."""
     config, data = common.setup(Config, argv, __doc__, PRESETS)
     methods = common.choose(config.methods, METHODS, "--methods")
+    every, steps = config.ema_every, common.steps_of(config, len(data.train.labels))
+    if config.sd and "ema_every" not in config.given:
+        config.ema_every = period(every, steps)
+    if config.ema_every < every:
+        print(
+            f"teacher: updated every {config.ema_every} steps, cut from {every} for {steps} steps"
+        )
     clip, zero_shot = common.zero_shot(config, data)
     for method in {"FLYP", "CaRot"} & set(methods):  # refused now, not after hours of training
         check(recipe(config, method, config.seed), clip)

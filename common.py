@@ -220,6 +220,7 @@ def classifier(config, data, clip, device):
         return {"head": zero_shot_head(clip, data.classes, data.templates, device).cpu()}
 
     head = cached(config, "head", key, compute)["head"]
+    check_names(clip.tokenizer, data.classes, max(data.templates, key=len), head)
     return Classifier(clip.model.visual, head).to(device)
 
 
@@ -232,18 +233,18 @@ def zero_shot_head(clip, classes, templates, device="cpu"):
     texts = model, clip.tokenizer, classes, templates
     head = open_clip.build_zero_shot_classifier(*texts, device=device)
     print(f"zero-shot head: {len(classes)} names x {len(templates)} prompts")
-    check_names(clip.tokenizer, classes, max(templates, key=len))
     return (head.T * model.logit_scale.exp()).float()
 
 
-def check_names(tokenizer, classes, template):
-    """Say which class names do not fit the text tower, and which it cannot tell apart."""
+def check_names(tokenizer, classes, template, head):
+    """Say which class names do not fit the text tower, and whose rows of the head are the same."""
     tokens = tokenizer([template.format(name) for name in classes])
     end, classes = tokenizer([""])[0, -1], [name[:60] for name in classes]
     if cut := [classes[i] for i in (tokens[:, -1] != end).nonzero()]:
         rest = f"{tokens.shape[1]} tokens, so that the rest may be cut off: {listed(cut)}"
         print(f"note: {len(cut)} class names fill all {rest}")
-    _, kind, count = tokens.unique(dim=0, return_inverse=True, return_counts=True)
+    rows = (F.normalize(head.cpu(), dim=1) * 1e4).round()
+    _, kind, count = rows.unique(dim=0, return_inverse=True, return_counts=True)
     if same := [classes[i] for i in (count[kind] > 1).nonzero()]:
         print(f"note: zero-shot cannot tell these class names apart: {listed(same)}")
 
@@ -906,7 +907,7 @@ def plan_training(config, data):
     two = config.weights and "pretrained" in config.given
     idle = "val_fraction" in config.given and "held-out" not in data.val.path
     odd = [
-        (config.warmup >= steps, f"--warmup {warmup} is no shorter than the training"),
+        (warmup >= steps and not cut, f"--warmup {warmup} is no shorter than the training"),
         (config.batch > n, f"--batch {config.batch} is more than all training images"),
         (n_val < 100, f"ID val has {n_val} images: what is chosen on it is left to chance"),
         (two, "--pretrained has no effect beside --weights"),
@@ -960,7 +961,12 @@ def parse(Config, argv, doc):
             options["metavar"] = "|".join(f.metadata["choices"]) or f.name.upper()
         group = shared if f.name in Run.__dataclass_fields__ else method
         group.add_argument("--" + f.name.replace("_", "-"), **options)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        name = unknown[0].split("=")[0]
+        raise InputError(f"there is no option {name}{did_you_mean(name, flags)}; --help lists them")
+    given = vars(given)
     config = Config(**given, given=frozenset(given))
     for f in fields:
         value, least, most = getattr(config, f.name), f.metadata["least"], f.metadata["most"]
@@ -1106,11 +1112,12 @@ def check_model_name(config):
 
     name, tag = config.model, config.pretrained
     if name not in open_clip.list_models():
-        hint = did_you_mean(name, open_clip.list_models())
+        hint = did_you_mean(name, ["tiny_clip", *open_clip.list_models()])
         raise InputError(f"--model: open_clip has no {name!r}{hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not config.weights and tag not in ("random", *tags):
-        known = f"{name} has no {tag!r}{did_you_mean(tag, tags)}; it has {listed(tags)}"
+        has = f"it has {listed(tags)}" if tags else "it has none to download"
+        known = f"{name} has no {tag!r}{did_you_mean(tag, tags)}; {has}"
         raise InputError(f"--pretrained: {known}; a local file goes to --weights")
 
 

@@ -20,7 +20,7 @@ from small import image_files, make_tree
 import common
 
 COMMANDS = """
-vrf --lrr 1                               | unrecognized arguments: --lrr
+vrf --lrr 1                               | there is no option --lrr; did you mean '--lr'?
 vrf --batch two                           | argument --batch: invalid int value
 vrf --epochs 0                            | --epochs 0: expected a number, at least 1
 carot --weight-decay nan                  | --weight-decay nan: expected a number, at least 0

@@ -107,6 +107,11 @@ def test_logits_more_than_104_apart_do_not_make_the_loss_infinite():
 STEPS = 10 * math.ceil(1_281_167 / 512)  # ImageNet, batch 512, 10 epochs
 
 
+def test_a_short_training_has_about_50_updates_of_the_teacher_too():
+    found = [carot.period(every, steps) for every, steps in [(500, 25030), (500, 376), (500, 30)]]
+    assert found == [500, 7, 1] and carot.period(8, 376) == 8
+
+
 def test_momentum_has_its_eleven_worked_values_and_then_0_9():
     worked = [0.05, 0.1349, 0.2198, 0.3047, 0.3896, 0.4745, 0.5594, 0.6443, 0.7292, 0.8141, 0.8990]
     got = [carot.momentum(t, STEPS) for t in range(0, 5001, 500)]

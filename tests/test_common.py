@@ -42,7 +42,9 @@ def test_zero_shot_head_normalises_each_prompt_then_their_mean():
 
 def test_class_names_that_are_cut_off_or_alike_are_named(capsys):
     tiny = common.load_clip(common.Run(model="tiny_clip", pretrained="random"))
-    common.zero_shot_head(tiny, ["dog", "cat", "very " * 20 + "long", "cat"], ["{}", "a {}"])
+    names = ["dog", "cat", "very " * 20 + "long", "cat"]
+    head = common.zero_shot_head(tiny, names, ["{}", "a {}"])
+    common.check_names(tiny.tokenizer, names, "a {}", head)
     said = capsys.readouterr().out
     assert "note: 1 class names fill all 16 tokens, so that the rest may be cut off: very" in said
     assert "note: zero-shot cannot tell these class names apart: cat, cat\n" in said

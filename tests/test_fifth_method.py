@@ -31,7 +31,8 @@ def test_a_fifth_method_gets_its_row_its_interval_and_its_figure(method, tmp_pat
     rows = method.main([*words, str(out)])
     assert [row.method for row in rows] == ["FT", "Smooth"]
     said = capsys.readouterr().out
-    assert "Smooth less FT, ID and shifts: ((" in said
+    assert "Smooth less FT, ID: " in said and "Smooth less FT, shift: " in said
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
     (line,) = [line for line in said.splitlines() if line.startswith("Smooth  ")]
     assert len(line.split()) == 2 + len(rows[0].right)  # the method, its sets, their mean
     assert (out / "figures/smooth.csv").read_text().startswith("method,id,shift\nFT,")
