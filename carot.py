@@ -583,6 +583,12 @@ def prepare(argv=None):
     """Command line -> config, data, CLIP, zero-shot Classifier; the ablations start here, too."""
     config, data = common.setup(Config, argv, __doc__, PRESETS)
     methods = common.choose(config.methods, METHODS, "--methods")
+    common.note_idle(
+        config,
+        ema_every=not config.sd and "with --sd 0",
+        oc_form=not config.oc and "with --oc 0",
+        cross_form=not config.cross_fnorm and "with --cross-fnorm 0",
+    )
     every, steps = config.ema_every, common.steps_of(config, len(data.train.labels))
     if config.sd and "ema_every" not in config.given:
         config.ema_every = period(every, steps)

@@ -904,18 +904,27 @@ def plan_training(config, data):
     cut = f", cut from {warmup} to a tenth of all" if config.warmup < warmup else ""
     size = f"{n:,} images, {config.epochs} epochs, {steps:,} steps of {config.batch} images"
     print(f"training: {size}, warm-up of {config.warmup} steps{cut}")
-    two = config.weights and "pretrained" in config.given
-    idle = "val_fraction" in config.given and "held-out" not in data.val.path
+    held_out = "held-out" in data.val.path
+    note_idle(
+        config,
+        pretrained=config.weights and "beside --weights",
+        val_fraction=not held_out and "where ID val is not held out of the training set",
+    )
     odd = [
         (warmup >= steps and not cut, f"--warmup {warmup} is no shorter than the training"),
         (config.batch > n, f"--batch {config.batch} is more than all training images"),
         (n_val < 100, f"ID val has {n_val} images: what is chosen on it is left to chance"),
-        (two, "--pretrained has no effect beside --weights"),
-        (idle, "--val-fraction has no effect: ID val is not held out of the training set"),
     ]
     for holds, words in odd:
         if holds:
             print(f"note: {words}")
+
+
+def note_idle(config, **idle):
+    """Say which typed options do nothing. idle: {name: when, or a false value}"""
+    for name, when in idle.items():
+        if when and name in config.given:
+            print(f"note: --{name.replace('_', '-')} has no effect {when}")
 
 
 def leave_out_unreadable(config, data):
@@ -1271,6 +1280,7 @@ def in_processes(work, argv, runs, jobs, device):
     spawn, start = multiprocessing.get_context("spawn"), (os.cpu_count() // jobs, os.getpid())
     with ProcessPoolExecutor(jobs, spawn, start_worker, start) as pool:
         tasks = [pool.submit(interruptible, work, argv, run) for run in runs]
+        workers = multiprocessing.active_children()
         try:
             return [task.result() for task in tasks]
         except BaseException as error:  # Ctrl-C, or an error of one: start no other
@@ -1278,6 +1288,8 @@ def in_processes(work, argv, runs, jobs, device):
                 child.terminate()  # SIGTERM: its step is finished and saved
             pool.shutdown(cancel_futures=True)
             if type(error).__name__ == "BrokenProcessPool":
+                if {worker.exitcode for worker in workers} == {130}:
+                    raise KeyboardInterrupt from error  # Ctrl-C ended them before it came here
                 raise InputError(
                     "a process of --jobs was killed or interrupted; the same command continues. In"
                     " a script of your own, call main under `if __name__ == '__main__':`"

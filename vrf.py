@@ -441,6 +441,9 @@ def prepare(argv=None):
     common.choose(config.methods, FINE_TUNINGS, "--methods")  # now, not after hours of training
     common.choose(config.ensemble, FINE_TUNINGS, "--ensemble")
     ab_grid(config)  # raises for a bad --ab
+    trained = "epochs", "lr", "lr_lpft", "lr_lc", "methods", "ensemble", "seeds"
+    common.note_idle(config, **dict.fromkeys(trained, config.finetuned and "with --finetuned"))
+    common.note_idle(config, p=config.k_rule == "code" and "with --k-rule code")
     config.seeds = 1 if config.finetuned else config.seeds  # nothing is random then
     for split in data.shifts:
         # Differs (A16): the code asks for the cut too late, and its numbers most likely have none

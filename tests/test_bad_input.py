@@ -70,7 +70,7 @@ SETUPS = """
 --batch 8                                 | 100 steps of 8 images, warm-up of 10 steps, cut
 --batch 1 --epochs 40                     | 3,200 steps of 1 images, warm-up of 500 steps
 --warmup 500                              | note: --warmup 500 is no shorter than the training
---val-fraction 0.1                        | --val-fraction has no effect: ID val is not held
+--val-fraction 0.1                        | --val-fraction has no effect where ID val is not held
 --weights w.pt --pretrained openai        | --pretrained has no effect beside --weights
 """
 

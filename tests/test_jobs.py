@@ -40,6 +40,12 @@ def wait_until(condition, seconds):
         time.sleep(0.05)
 
 
+def kill_workers(pid, number):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    for worker in found.split():
+        os.kill(int(worker), number)
+
+
 def test_the_error_of_one_process_ends_all(tmp_path):
     with pytest.raises(common.InputError, match="run 0 has nothing to do"):
         common.in_processes(work, (str(tmp_path), "0"), range(4), 2, "cpu")
@@ -50,6 +56,7 @@ def test_the_error_of_one_process_ends_all(tmp_path):
     ("number", "whom", "code"),
     [
         (signal.SIGINT, os.killpg, 130),  # Ctrl-C in a terminal
+        (signal.SIGINT, kill_workers, 130),  # the same, where the workers are the first to end
         (signal.SIGKILL, os.kill, -9),  # out of memory
     ],
 )

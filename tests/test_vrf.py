@@ -312,3 +312,16 @@ def test_printed_averages_are_the_means_of_their_rows_but_for_the_noted_slips():
     assert slips == second | {("Table 1", "LP-FT +VRF")}
     noted = {(b["table"], n.split(":")[0]) for b in tables for n in b["notes"]}
     assert slips <= noted
+
+
+def test_options_without_effect_are_named(tmp_path, capsys):
+    words = ["--out", str(tmp_path), "--device", "cpu", "--k-rule", "code", "--p", "0.1"]
+    vrf.prepare([*words, "--finetuned", "x.pt", "--lr", "1", "--seeds", "2"])
+    said = capsys.readouterr().out
+    for note in (
+        "--lr has no effect with --finetuned",
+        "--seeds has no effect",
+        "--p has no effect",
+    ):
+        assert f"note: {note}" in said
+    assert "--epochs has no effect" not in said
