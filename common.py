@@ -18,17 +18,22 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,11 +177,9 @@ def create(name, tag, quick_gelu):
     try:
         model = open_clip.create_model(name, pretrained=tag, **options).float().eval()
         tokenizer = open_clip.get_tokenizer(name)
-    except ImportError as error:
-        cure = "install it (SigLIP's needs transformers), or take another model"
-        raise InputError(f"--model {name}: {first_line(error)}; {cure}") from error
-    except (OSError, RuntimeError) as error:
-        cure = "without a network, get the file elsewhere and pass --weights PATH"
+    except (ImportError, OSError, RuntimeError) as error:
+        cure = "install what it asks for (SigLIP's needs transformers), or, without a network, get"
+        cure += " the file elsewhere and pass --weights PATH"
         raise InputError(f"could not get {name} / {tag} ({first_line(error)}); {cure}") from error
     finally:
         logging.disable(before)
@@ -238,14 +241,13 @@ def zero_shot_head(clip, classes, templates, device="cpu"):
 
 def check_names(tokenizer, classes, template, head):
     """Say which class names do not fit the text tower, and whose rows of the head are the same."""
-    tokens = tokenizer([template.format(name) for name in classes])
-    end, classes = tokenizer([""])[0, -1], [name[:60] for name in classes]
-    if cut := [classes[i] for i in (tokens[:, -1] != end).nonzero()]:
+    tokens, end = tokenizer([template.format(name) for name in classes]), tokenizer([""])[0, -1]
+    if cut := [classes[i][:60] for i in (tokens[:, -1] != end).nonzero()]:
         rest = f"{tokens.shape[1]} tokens, so that the rest may be cut off: {listed(cut)}"
         print(f"note: {len(cut)} class names fill all {rest}")
     rows = (F.normalize(head.cpu(), dim=1) * 1e4).round()
     _, kind, count = rows.unique(dim=0, return_inverse=True, return_counts=True)
-    if same := [classes[i] for i in (count[kind] > 1).nonzero()]:
+    if same := [classes[i][:60] for i in (count[kind] > 1).nonzero()]:
         print(f"note: zero-shot cannot tell these class names apart: {listed(same)}")
 
 
@@ -344,8 +346,6 @@ def project(logits, groups):
     """
     if groups is None:
         return logits
-    if all(len(ids) == 1 for ids in groups):
-        return logits[:, [ids[0] for ids in groups]]
     width = max(map(len, groups))
     padded = [ids + ids[:1] * (width - len(ids)) for ids in groups]  # a repeat keeps the max
     return logits[:, torch.tensor(padded, device=logits.device)].amax(dim=-1)
@@ -393,8 +393,8 @@ def fine_tune(config, name, model, split, clip, loss_fn=None, optimiser=None, ke
     loss_fn(images, labels) -> scalar, instead of cross-entropy; `optimiser`, instead of AdamW. Both
     need a `key`: {name: number or string} of what shapes them, part of the checkpoint's name.
     """
-    for _ in train_steps(config, image_training(config, name, model, split, clip, loss_fn,
-                                                optimiser, key)):  # fmt: skip
+    training = image_training(config, name, model, split, clip, loss_fn, optimiser, key)
+    for _ in train_steps(config, training):
         pass
 
 
@@ -405,9 +405,8 @@ def image_training(config, name, model, split, clip, loss_fn=None, optimiser=Non
 
     def batches_from(first):
         order = batches(n, config.batch, steps_of(config, n), config.seed, first)
-        for images, labels, _ in load_images(split, transform, local_parts(order), config, device):
-            real = labels >= 0
-            yield (images, labels) if real.all() else (images[real], labels[real])
+        for images, labels, _ in load_images(split, transform, map(shard, order), config, device):
+            yield images, labels
 
     def cross_entropy(images, labels):
         return F.cross_entropy(gather(model(images)[1]), gather(labels))
@@ -433,7 +432,7 @@ def probe_training(config, name, model, split, clip):
 
     def batches_from(first):
         for rows in batches(n, config.batch, steps_of(config, n), config.seed, first):
-            index = torch.tensor([i for i, _ in shard(rows)], dtype=torch.int64)  # may be empty
+            index = [i for i, _ in shard(rows)]
             yield features[index], labels[index]
 
     def loss_fn(batch):
@@ -452,19 +451,17 @@ def train_steps(config, training):
 
     What the caller does between two steps belongs to the training: the checkpoint (after every
     epoch, on Ctrl-C, at the end) is written when it comes back. An unfinished checkpoint is
-    continued bit for bit; of a finished one nothing is yielded. With several processes a last batch
-    of fewer images than processes is left out. Raises InputError when the loss is
+    continued bit for bit; of a finished one nothing is yielded. Raises InputError when the loss is
     not finite, KeyboardInterrupt after Ctrl-C or SIGTERM.
     """
     module, optimiser, per_epoch = training.module, training.optimiser, training.per_epoch
     steps, device = config.epochs * per_epoch, next(module.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    loss, schedule = torch.tensor(math.nan), training.schedule or warmup_cosine
+    schedule = training.schedule or warmup_cosine
     set_seed(config.seed)
     first = restore(config, training, scaler)
     if first == 0:
         yield 0
-    loss_fn = in_parallel(module, training.loss_fn)
     batches = training.batches_from(first) if first < steps else ()
     with interrupts() as interrupted, progress_bar(training.name, steps, first) as bar:
         for step, batch in enumerate(batches, first):
@@ -472,12 +469,11 @@ def train_steps(config, training):
             for group in optimiser.param_groups:
                 base = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = base * schedule(step, config.warmup, steps)
+            batch = tuple(x.to(device, non_blocking=True) for x in batch)
+            loss = train_step(config, optimiser, scaler, training.loss_fn, batch)
             done, ends_epoch = step + 1, (step + 1) % per_epoch == 0
-            if all_true(len(batch[-1]) > 0):  # else a process has no part of it
-                batch = tuple(x.to(device, non_blocking=True) for x in batch)
-                loss = train_step(config, optimiser, scaler, loss_fn, batch)
-                if step % 10 == 0 or ends_epoch:  # reading the loss waits for the GPU
-                    check_finite(training, loss, step)
+            if step % 10 == 0 or ends_epoch:  # reading the loss waits for the GPU
+                check_finite(training, loss, step)
             if world() > 1:
                 for buffer in module.buffers():  # BatchNorm's statistics are rank 0's, everywhere
                     dist.broadcast(buffer, 0)
@@ -499,9 +495,10 @@ def train_step(config, optimiser, scaler, loss_fn, batch):
     with autocast(batch[0].device, config.precision):
         loss = loss_fn(batch)
     scaler.scale(loss).backward()
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    average_gradients(trained)  # first, since unscale_ looks for inf, which all must find
     scaler.unscale_(optimiser)  # so that the norm is the gradient's, and not 65,536 times it
-    if config.clip:
-        trained = [p for group in optimiser.param_groups for p in group["params"]]
+    if config.clip:  # a norm, no CLIP
         nn.utils.clip_grad_norm_(trained, config.clip)
     scaler.step(optimiser)
     scaler.update()
@@ -509,11 +506,12 @@ def train_step(config, optimiser, scaler, loss_fn, batch):
     return loss.detach()
 
 
-def warmup_cosine(step, warmup, total):
-    """Factor on the learning rate at `step`, from 0: (step + 1) / warmup, then a cosine to 0."""
+def warmup_cosine(step, warmup, total, end=0.0):
+    """Factor on the learning rate at `step`, from 0: a line to 1, then a cosine to `end`."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    cosine = math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+    return end + (1 - end) * (0.5 * (1 + cosine))
 
 
 def batches(n, batch, steps, seed, first=0):
@@ -522,7 +520,7 @@ def batches(n, batch, steps, seed, first=0):
     Step t depends on (n, batch, seed, t) alone, so that a resumed run, with any number of workers,
     sees the same crops of the same images. An epoch is a permutation; its last batch may be short.
     """
-    per_epoch, order, order_of = math.ceil(n / batch), None, -1
+    per_epoch, order, order_of = steps_of_epoch(n, batch), None, -1
     for step in range(first, steps):
         epoch, i = divmod(step, per_epoch)
         if epoch != order_of:
@@ -532,9 +530,14 @@ def batches(n, batch, steps, seed, first=0):
         yield list(zip(indices, crops, strict=True))
 
 
+def steps_of_epoch(n, batch):
+    """A last, short batch counts, but with several processes only if each has a part of it."""
+    return n // batch + (n % batch >= world())
+
+
 def steps_of(config, n):
     """Steps of a training on n images."""
-    return config.epochs * math.ceil(n / config.batch)
+    return config.epochs * steps_of_epoch(n, config.batch)
 
 
 def autocast(device, precision):
@@ -568,19 +571,20 @@ def forward(config, models, split, clip):
     """
     device = next(next(iter(models.values())).parameters()).device
     n, size = len(split.labels), config.batch * world()
-    order = [[(j, 0) for j in range(i, min(i + size, n))] for i in range(0, n, size)]
+    starts = [i for i in range(0, n, size) if n - i >= world()]  # each process has a part of each
+    order = [[(j, 0) for j in range(*ends)] for ends in itertools.pairwise([*starts, n])]
     transform = eval_transform(clip.size, clip.mean, clip.std)
     for model in models.values():
         model.eval()
-    for images, labels, index in load_images(split, transform, local_parts(order), config, device):
-        labels, index = (gather(x.to(device)).cpu() for x in (labels, index))
-        real, out = labels >= 0, {}
+    for images, labels, index in load_images(split, transform, map(shard, order), config, device):
+        out = {}
         with autocast(device, config.precision):
             for name, model in models.items():
                 features, logits = model(images)
-                parts = features.float(), project(logits, split.groups)
-                out[name] = tuple(gather(x).cpu()[real] for x in parts)
-        yield index[real], labels[real], out
+                columns = features.float(), project(logits, split.groups)
+                out[name] = tuple(gather(x).cpu() for x in columns)
+        labels, index = (gather(x.to(device)).cpu() for x in (labels, index))
+        yield index, labels, out
 
 
 def predict(config, models, split, clip):
@@ -595,18 +599,22 @@ def predict(config, models, split, clip):
         for name, columns in forward_all(config, todo, split, clip).items():
             found[name] = columns
             write_file(paths[name], functools.partial(torch.save, columns))
-    return {n: Prediction(c["features"], c["logits"], c["labels"]) for n, c in found.items()}
+    return {name: Prediction(**columns) for name, columns in found.items()}
 
 
 def forward_all(config, models, split, clip):
     """`forward` over a whole split.  -> {name: {"features", "logits", "labels": tensor}}"""
-    parts = {m: [] for m in models}
-    for _, labels, out in forward(config, models, split, clip):
-        for m, (features, logits) in out.items():
-            parts[m].append((features, logits, labels))
-    names = "features", "logits", "labels"
-    columns = {m: map(torch.cat, zip(*parts[m], strict=True)) for m in models}
-    return {m: dict(zip(names, columns[m], strict=True)) for m in models}
+    labels, features, logits = [], {m: [] for m in models}, {m: [] for m in models}
+    for _, labels_of_batch, out in forward(config, models, split, clip):
+        labels.append(labels_of_batch)
+        for m in models:
+            features[m].append(out[m][0])
+            logits[m].append(out[m][1])
+    labels = torch.cat(labels)
+    return {
+        m: {"features": torch.cat(features[m]), "logits": torch.cat(logits[m]), "labels": labels}
+        for m in models
+    }
 
 
 def frozen_features(config, model, split, clip):
@@ -626,7 +634,7 @@ def frozen_features(config, model, split, clip):
 
 def accuracy(scores, labels):
     """Share of rows of [N, C] whose largest score is at the label [N]; nan for no rows."""
-    scores, labels = checked("accuracy", scores, labels)
+    scores, labels = checked(scores, labels)
     return (scores.argmax(1) == labels).double().mean().item()
 
 
@@ -634,8 +642,10 @@ def ece(probabilities, labels, bins=10):
     """Expected calibration error, a share: sum_b n_b / N |accuracy_b - confidence_b|, top-1
     confidence, `bins` of equal width, (low, high].  [N, C], [N]
     """
-    probabilities, labels = checked("ece", probabilities, labels, probability=True)
+    probabilities, labels = checked(probabilities, labels)
     confidence, predicted = probabilities.double().max(1)
+    if (probabilities < -1e-3).any() or (probabilities > 1.001).any():
+        raise InputError("ece: probabilities are not in 0 to 1; are they logits?")
     gap = (predicted == labels).double() - confidence
     index = bin_of(confidence, bins)
     return gap.new_zeros(bins).index_add_(0, index, gap).abs().sum().div(len(labels)).item()
@@ -646,62 +656,52 @@ def bin_of(confidence, bins):
     return (confidence * bins).ceil().long().clamp(1, bins) - 1
 
 
-def nll(probabilities, labels):
-    """Mean negative log-likelihood in nats; zeros count as the smallest fp32 number."""
-    probabilities, labels = checked("nll", probabilities, labels, probability=True)
-    picked = probabilities.gather(1, labels[:, None]).double()
-    return -picked.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
-
-
-def checked(op, scores, labels, probability=False):
-    """Scores [N, C] and labels [N], tensors or arrays, as tensors, the labels int64. Raises
-    InputError unless the scores are finite, and probabilities from 0 to 1: NaN would count as the
-    largest score, and logits as confidences.
+def checked(scores, labels):
+    """Scores [N, C] and labels [N], tensors or arrays, as tensors. Raises InputError for what would
+    give a wrong number: other shapes, labels of no class, inf, and nan, which argmax takes first.
     """
     scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     if scores.dim() != 2 or labels.shape != scores.shape[:1] or labels.is_floating_point():
         shapes = f"{tuple(scores.shape)} and {labels.dtype} {tuple(labels.shape)}"
-        raise InputError(f"{op}: expected scores [N, C] and integer labels [N], got {shapes}")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
-        raise InputError(f"{op}: labels must lie in 0 to {scores.shape[1] - 1}; leave others out")
+        raise InputError(f"expected scores [N, C] and integer labels [N], got {shapes}")
+    labels = labels.long()
+    if ((labels < 0) | (labels >= scores.shape[1])).any():
+        raise InputError(f"labels must lie in 0 to {scores.shape[1] - 1}; leave others out")
     if not scores.isfinite().all():
-        raise InputError(f"{op}: scores hold inf or nan")
-    if probability and len(labels) and not -1e-3 <= scores.min() <= scores.max() <= 1.001:
-        raise InputError(f"{op}: probabilities are not in 0 to 1; are they logits?")
-    return scores, labels.long()
+        raise InputError("scores hold inf or nan")
+    return scores, labels
 
 
 def temperature(logits, labels, criterion):
     """T of softmax(logits / T), from ID data [N, C], [N]. off: 1. nll: least NLL. confidence: the T
-    whose mean top-1 probability equals the accuracy, by bisection, since it falls with T. Where no
-    T does it (no images, accuracy 1, or at most 1/C) it says so and gives 1.
+    whose mean top-1 probability equals the accuracy. Where no T from 1/1000 to 1000 does it (as for
+    an accuracy of 1), it says so and gives 1.
     """
-    logits, labels = checked("temperature", logits, labels)
+    if criterion not in ("off", "nll", "confidence"):
+        raise InputError(f"temperature: criterion {criterion!r}; expected off, nll or confidence")
     if criterion == "off":
         return 1.0
-    if criterion not in ("nll", "confidence"):
-        raise InputError(f"temperature: criterion {criterion!r}; expected off, nll or confidence")
-    logits, limit = logits.double(), 7.0  # of |log T|
-    target = accuracy(logits, labels)
-    if criterion == "nll" and len(labels):
-        from scipy.optimize import minimize_scalar
+    from scipy.optimize import brentq, minimize_scalar
 
-        def loss(t):
-            return F.cross_entropy(logits / math.exp(t), labels).item()
+    logits, labels = checked(logits, labels)
+    logits, target = logits.double(), accuracy(logits, labels)
+    low, high = -7.0, 7.0  # of log T: T from 1/1000 to 1000
 
-        t = minimize_scalar(loss, bounds=(-limit, limit), method="bounded").x
-    elif 1 / logits.shape[1] < target < 1:
-        low, high = -limit, limit
-        for _ in range(60):
-            t = (low + high) / 2
-            confidence = (logits / math.exp(t)).softmax(1).amax(1).mean()
-            low, high = (t, high) if confidence > target else (low, t)
-    else:
-        print(f"temperature: none gives a mean confidence of {target:.3f}; 1 is used")
+    def nll(log_t):
+        return F.cross_entropy(logits / math.exp(log_t), labels).item()
+
+    def overconfidence(log_t):  # falls with T
+        return (logits / math.exp(log_t)).softmax(1).amax(1).mean().item() - target
+
+    log_t = high
+    if criterion == "nll" and target < 1:
+        log_t = minimize_scalar(nll, bounds=(low, high), method="bounded").x
+    elif overconfidence(low) > 0 > overconfidence(high):
+        log_t = brentq(overconfidence, low, high)
+    if log_t > high - 0.01:
+        print(f"temperature: none fits by {criterion}, at an accuracy of {target:.3f}; 1 is used")
         return 1.0
-    if abs(t) > limit - 0.01 or target == 1:
-        print(f"temperature: the fit by {criterion} ran to its bound; {math.exp(t):.3g} is used")
-    return math.exp(t)
+    return math.exp(log_t)
 
 
 @dataclass
@@ -748,34 +748,30 @@ def interval(runs, image_variance=None):
     return mean, mean - half, mean + half
 
 
-def interval_id_shift(means, variances):
-    """`interval` on ID, and of the mean over shifts, whose sets are fixed.
+def points(row, split):
+    """What each image adds to the accuracy in percent.  -> [N]"""
+    return 100.0 * row.right[split].numpy()
 
-    means {split: [R]}, a difference in every run; variances {split: []}, of its mean over images.
+
+def gain(rows, method, base, share=points):
+    """Points by which `method` beats `base` on ID and in the mean over shifts, each with its 95 %
+    interval over runs and, within each split, images; the splits are fixed. Runs are paired by
+    their seeds. share(row, split) -> [N]: of another measure what each image adds to it.
     """
+    ours, theirs = ({r.seed: r for r in rows if r.method == m} for m in (method, base))
+    of_runs, image_variance = {}, {}  # by split: [R]; of the mean over images
+    for split in rows[0].right:
+        gaps = np.stack([share(ours[s], split) - share(theirs[s], split) for s in ours])
+        of_runs[split], n = gaps.mean(1), gaps.shape[1]
+        image_variance[split] = gaps.mean(0).var(ddof=1) / n if n > 1 else 0.0
 
-    def over(splits):
+    def mean_over(splits):
         if not splits:
             return math.nan, math.nan, math.nan
-        runs = np.mean([means[s] for s in splits], 0)
-        return interval(runs, sum(variances[s] for s in splits) / len(splits) ** 2)
+        variance = sum(image_variance[s] for s in splits) / len(splits) ** 2
+        return interval(np.mean([of_runs[s] for s in splits], 0), variance)
 
-    return over([ID]), over([s for s in means if s != ID])
-
-
-def gain(rows, method, base):
-    """Points by which `method` beats `base` on ID and in the mean over shifts, each with its 95 %
-    interval over runs and, within each split, images. Runs are paired by their seeds.
-    """
-    ours = {r.seed: r.right for r in rows if r.method == method}
-    theirs = {r.seed: r.right for r in rows if r.method == base}
-    means, variances = {}, {}
-    for split in next(iter(ours.values())):
-        pairs = [(ours[seed][split].numpy(), theirs[seed][split].numpy()) for seed in ours]
-        gaps = np.stack([100.0 * a - 100.0 * b for a, b in pairs])
-        means[split], n = gaps.mean(1), gaps.shape[1]
-        variances[split] = gaps.mean(0).var(ddof=1) / n if n > 1 else 0.0
-    return interval_id_shift(means, variances)
+    return mean_over([ID]), mean_over([s for s in of_runs if s != ID])
 
 
 def sampled(rows):
@@ -810,8 +806,14 @@ def accuracy_table(rows, title):
 
 
 def write_results(config, device, rows):
-    """Append a line per row to results.jsonl: counts, and the run's record."""
-    lines, run = [], record_of(config, device)
+    """Append a line per row to results.jsonl: counts, and what they are worthless without, which is
+    settings, commit, versions, device.
+    """
+    run = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "given"}}
+    run["versions"] = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "open_clip")}
+    run["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    run["time"], run["commit"] = time.strftime("%Y-%m-%dT%H:%M:%S%z"), commit()
+    lines = []
     for row in rows:
         counts = {s: {"right": int(right.sum()), "n": len(right)} for s, right in row.right.items()}
         said = {"method": row.method, "seed": row.seed, "choice": row.choice, "ours": row.ours}
@@ -822,20 +824,13 @@ def write_results(config, device, rows):
         print(f"\nresults: {path}")
 
 
-def record_of(config, device):
-    """What a result is worthless without: settings, commit, versions, device, time."""
+def commit():
+    """Of this repository; empty without git."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
-        commit = ""
-    return {
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "given"},
-        "commit": commit or "not a git checkout",
-        "versions": {m: sys.modules[m].__version__ for m in ("torch", "numpy", "open_clip")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+        return ""
 
 
 @contextlib.contextmanager
@@ -845,7 +840,6 @@ def figure(path, header, columns=1, rows=1):
     matplotlib stays as it is: no window, no backend, no style is set.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     def write_rows(temporary):
@@ -855,13 +849,11 @@ def figure(path, header, columns=1, rows=1):
     style = {"axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
     with matplotlib.rc_context(style | {"legend.frameon": False}):
         drawing = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-        FigureCanvasAgg(drawing)
         numbers = []
         yield drawing.subplots(rows, columns, squeeze=False), numbers
-        path = Path(path)
-        wrote = write_file(path.with_suffix(".csv"), write_rows)
-        png = path.with_suffix(".png")
-        if write_file(png, lambda file: drawing.savefig(file, format="png", dpi=150)) and wrote:
+        write_file(f"{path}.csv", write_rows)
+        png = f"{path}.png"
+        if write_file(png, lambda file: drawing.savefig(file, format="png", dpi=150)):
             print(f"figure: {png}")
 
 
@@ -872,18 +864,16 @@ def figure(path, header, columns=1, rows=1):
 # --- command line ---------------------------------------------------------------------------------
 
 
-def setup(Config, argv, doc, presets, opener=None):
+def setup(Config, argv, doc, presets):
     """How every main starts: command line -> config and data, the table of sets printed, the preset
     of this kind of data applied, and what a training will be printed. `presets`: {kind: {field:
-    value}}; the digits get their tiny CLIP. `opener`: config -> Data, in place of `open_data`.
-    Raises InputError.
+    value}}; the digits get their tiny CLIP. Raises InputError.
     """
     tiny = {"model": "tiny_clip", "weights": str(EMBEDDED / "tiny_clip.npz")}
     presets = presets | {"digits": tiny | presets.get("digits", {})}
     config = parse(Config, argv, doc)
     init_distributed(config.device)
-    plain = config.data, config.val_fraction, config.selection, config.seed
-    data = opener(config) if opener else open_data(*plain)
+    data = open_data(config.data, config.val_fraction, config.selection, config.seed)
     print(describe(data))
     if config.skip_bad_images:
         leave_out_unreadable(config, data)
@@ -897,34 +887,29 @@ def plan_training(config, data):
     warm-up of more than a fifth of the steps that the user did not ask for is cut to a tenth; else
     the learning rate might never get to --lr.
     """
-    n, n_val, warmup = len(data.train.labels), len(data.val.labels), config.warmup
+    n, n_val, cut = len(data.train.labels), len(data.val.labels), ""
     steps = steps_of(config, n)
-    if "warmup" not in config.given and warmup > steps / 5:
+    if "warmup" not in config.given and config.warmup > steps / 5:
+        cut = f", cut from {config.warmup} to a tenth of all"
         config.warmup = math.ceil(steps / 10)
-    cut = f", cut from {warmup} to a tenth of all" if config.warmup < warmup else ""
     size = f"{n:,} images, {config.epochs} epochs, {steps:,} steps of {config.batch} images"
     print(f"training: {size}, warm-up of {config.warmup} steps{cut}")
-    held_out = "held-out" in data.val.path
-    note_idle(
-        config,
-        pretrained=config.weights and "beside --weights",
-        val_fraction=not held_out and "where ID val is not held out of the training set",
-    )
-    odd = [
-        (warmup >= steps and not cut, f"--warmup {warmup} is no shorter than the training"),
-        (config.batch > n, f"--batch {config.batch} is more than all training images"),
-        (n_val < 100, f"ID val has {n_val} images: what is chosen on it is left to chance"),
-    ]
-    for holds, words in odd:
-        if holds:
-            print(f"note: {words}")
+    own_val = "held-out" not in data.val.path
+    note_idle(config, pretrained=config.weights and "beside --weights")
+    note_idle(config, val_fraction=own_val and "where ID val is not held out of the training set")
+    if config.warmup >= steps and not cut:
+        print(f"note: --warmup {config.warmup} is no shorter than the training")
+    if config.batch > n:
+        print(f"note: --batch {config.batch} is more than all training images")
+    if n_val < 100:
+        print(f"note: ID val has {n_val} images: what is chosen on it is left to chance")
 
 
 def note_idle(config, **idle):
     """Say which typed options do nothing. idle: {name: when, or a false value}"""
     for name, when in idle.items():
         if when and name in config.given:
-            print(f"note: --{name.replace('_', '-')} has no effect {when}")
+            print(f"note: {option(name)} has no effect {when}")
 
 
 def leave_out_unreadable(config, data):
@@ -932,9 +917,10 @@ def leave_out_unreadable(config, data):
     it once, then the cache knows, and only those that failed are tried again. Raises InputError if
     nothing is left of a set or of a training class.
     """
-    sets = [data.train, data.test, *data.shifts] + [data.val] * (data.val is not data.test)
-    for split in (split for split in sets if not isinstance(split.images, np.ndarray)):
+    for split in {id(s): s for s in (data.train, data.val, data.test, *data.shifts)}.values():
         images, labels = split.images, split.labels
+        if isinstance(images, np.ndarray):
+            continue
 
         def compute(images=images):
             return {"bad": torch.tensor(unreadable(images), dtype=torch.int64)}
@@ -955,44 +941,44 @@ def leave_out_unreadable(config, data):
 
 def parse(Config, argv, doc):
     """Command line -> Config; types come from the annotations. `.given`: what the user named."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=doc, exit_on_error=False, **look)
     shared = parser.add_argument_group("settings that all scripts share")
     method = parser.add_argument_group("settings of this script")
     fields = [f for f in dataclasses.fields(Config) if "help" in f.metadata]
     for f in fields:
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        options = {"help": text, "default": argparse.SUPPRESS, "dest": f.name}
+        options = {"help": text, "default": argparse.SUPPRESS}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": f.type, "choices": f.metadata["choices"] or None}
-            options["metavar"] = "|".join(f.metadata["choices"]) or f.name.upper()
         group = shared if f.name in Run.__dataclass_fields__ else method
-        group.add_argument("--" + f.name.replace("_", "-"), **options)
-    given, unknown = parser.parse_known_args(argv)
+        group.add_argument(option(f.name), **options)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:  # else argparse prints all options first
+        raise InputError(str(error)) from error
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        name = unknown[0].split("=")[0]
-        raise InputError(f"there is no option {name}{did_you_mean(name, flags)}; --help lists them")
+        name, known = unknown[0].split("=")[0], [option(f.name) for f in fields]
+        raise InputError(f"there is no option {name}{did_you_mean(name, known)}; see --help")
     given = vars(given)
     config = Config(**given, given=frozenset(given))
     for f in fields:
         value, least, most = getattr(config, f.name), f.metadata["least"], f.metadata["most"]
         if isinstance(value, (int, float)) and not least <= value <= most:
             limit = f"at most {most:g}" if value > most else f"at least {least:g}"
-            flag = f"--{f.name.replace('_', '-')}"
-            raise InputError(f"{flag} {value}: expected a number, {limit}")
+            raise InputError(f"{option(f.name)} {value}: expected a number, {limit}")
     for name in ("out", "weights", "finetuned"):
         if path := getattr(config, name, ""):
             setattr(config, name, os.path.expanduser(path))
-    try:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a file is there; not ours to write; a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        problem = f"--out {config.out[:80]!r}: expected a folder, new or old ({reason})"
-        raise InputError(problem) from error
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     return config
+
+
+def option(name):
+    """The option of a setting: lr_end -> --lr-end."""
+    return "--" + name.replace("_", "-")
 
 
 def apply_preset(config, kind, presets):
@@ -1040,16 +1026,17 @@ def run(main):
         main()
         if world() > 1:
             dist.destroy_process_group()
-    except (InputError, PermissionError, MemoryError, RuntimeError) as error:
-        words = "" if isinstance(error, InputError) else str(error)
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", words):
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            sentence = str(error)
+        elif isinstance(error, OSError) and error.filename:
+            sentence = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, MemoryError) or re.search("(of|allocate) memory", str(error)):
             cure = "a smaller --batch, carot.py's --micro-batch or, on a GPU, --precision bf16"
-            error = f"out of memory ({first_line(error)}); {cure} needs less"
-        elif isinstance(error, PermissionError):
-            error = f"{error.filename}: {error.strerror}; let yourself read it, or name another"
-        elif not isinstance(error, InputError):
+            sentence = f"out of memory ({first_line(error)}); {cure} needs less"
+        else:
             raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -1068,9 +1055,7 @@ def pick_device(name="auto"):
     if name == "cuda" and world() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        tensor = torch.zeros(1, device=name)
-        tensor.item()  # "meta" has no numbers to give
-        return tensor.device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise InputError(f"--device {name}: not usable here ({reason}); try auto") from error
@@ -1123,10 +1108,9 @@ def check_model_name(config):
     if name not in open_clip.list_models():
         hint = did_you_mean(name, ["tiny_clip", *open_clip.list_models()])
         raise InputError(f"--model: open_clip has no {name!r}{hint}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not config.weights and tag not in ("random", *tags):
-        has = f"it has {listed(tags)}" if tags else "it has none to download"
-        known = f"{name} has no {tag!r}{did_you_mean(tag, tags)}; {has}"
+    tags = ["random", *open_clip.list_pretrained_tags_by_model(name)]
+    if not config.weights and tag not in tags:
+        known = f"{name} has no {tag!r}{did_you_mean(tag, tags)}; it has {listed(tags)}"
         raise InputError(f"--pretrained: {known}; a local file goes to --weights")
 
 
@@ -1134,13 +1118,12 @@ def needs_quick_gelu(config, metadata):
     """Whether the weights were trained with QuickGELU: --quick-gelu, or what their source says."""
     import open_clip
 
-    architecture = open_clip.get_model_config(config.model)
-    known = {"quick_gelu": architecture["quick_gelu"]} if "quick_gelu" in architecture else {}
-    known = known | metadata
-    source = bool(known.get("quick_gelu"))
-    if config.quick_gelu == "auto" and config.weights and "quick_gelu" not in known:
+    if config.quick_gelu != "auto":
+        return config.quick_gelu == "yes"
+    known = open_clip.get_model_config(config.model) | metadata
+    if config.weights and "quick_gelu" not in known:
         print(f"{config.weights} does not say which activation it needs; --quick-gelu overrules")
-    return {"auto": source, "yes": True, "no": False}[config.quick_gelu]
+    return bool(known.get("quick_gelu"))
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -1161,12 +1144,10 @@ def init_distributed(device):
     """Meet torchrun's other processes, if it started this one. Only rank 0 prints and writes."""
     if os.environ.get("WORLD_SIZE", "1") in ("", "1") or world() > 1:
         return
-    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    if missing := [name for name in names if not os.environ.get(name)]:
-        raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set; start several"
-            " processes with torchrun, or unset WORLD_SIZE"
-        )
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            cure = "start several processes with torchrun, or unset WORLD_SIZE"
+            raise InputError(f"WORLD_SIZE is set, but {name} is not set; {cure}")
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1182,19 +1163,11 @@ def shard(rows):
     return rows[n * rank() // world() : n * (rank() + 1) // world()]
 
 
-def local_parts(order):
-    """Of every list of (index, seed) this process's part. Where lists are shorter than `world()` it
-    may have none: then one item whose seed is None, an image that nobody counts.
-    """
-    for rows in order:
-        yield shard(rows) or [(rows[0][0], None)]
-
-
 def gather(x):
     """The rows of x of every process, in their order; differentiable.
 
-    A loss of the result is the whole batch's on every process. Its gradients are summed over the
-    processes here and averaged over them by DistributedDataParallel, which makes them the loss's.
+    A loss of the result is the whole batch's on every process. `average_gradients` makes its
+    gradients those of the whole batch, too.
     """
     return x if world() == 1 else Gather.apply(x)
 
@@ -1202,42 +1175,25 @@ def gather(x):
 class Gather(torch.autograd.Function):  # torch.distributed.nn has one, deprecated since 2.14
     @staticmethod
     def forward(ctx, x):
-        sizes = row_counts(x)
-        ctx.first, ctx.rows = sum(sizes[: rank()]), len(x)
-        whole = x.new_zeros(sum(sizes), *x.shape[1:])  # all_gather would want equal parts
-        whole[ctx.first : ctx.first + ctx.rows] = x
+        rows = torch.zeros(world(), dtype=torch.int64, device=x.device)
+        rows[rank()] = len(x)
+        dist.all_reduce(rows)
+        first = int(rows[: rank()].sum())
+        ctx.mine = slice(first, first + len(x))
+        whole = x.new_zeros(int(rows.sum()), *x.shape[1:])  # all_gather would want equal parts
+        whole[ctx.mine] = x
         dist.all_reduce(whole)
         return whole
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad[ctx.first : ctx.first + ctx.rows]
-
-
-def row_counts(x):
-    """len(x) of every process."""
-    counts = torch.zeros(world(), dtype=torch.int64, device=x.device)
-    counts[rank()] = len(x)
-    dist.all_reduce(counts)
-    return counts.tolist()
-
-
-def local_rows(whole, x):
-    """Of a gathered tensor the rows that this process's x has in it."""
-    first = sum(row_counts(x)[: rank()]) if world() > 1 else 0
-    return whole[first : first + len(x)]
+    def backward(ctx, grad):  # the same on every process, since all have the same loss
+        return world() * grad[ctx.mine]
 
 
 def all_true(flag):
     """Whether it is true in all processes."""
-    if world() == 1:
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    least = torch.tensor(int(flag), device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return bool(least)
+    gpu = world() > 1 and dist.get_backend() == "nccl"
+    return bool(gather(torch.tensor([int(flag)], device="cuda" if gpu else "cpu")).all())
 
 
 def broadcast(x):
@@ -1248,24 +1204,14 @@ def broadcast(x):
     return held[0]
 
 
-class Loss(nn.Module):
-    """A loss as the forward pass of a module, as DistributedDataParallel wants it."""
-
-    def __init__(self, module, loss_fn):
-        super().__init__()
-        self.module, self.loss_fn = module, loss_fn
-
-    def forward(self, batch):
-        return self.loss_fn(batch)
-
-
-def in_parallel(module, loss_fn):
-    """loss_fn, with gradients averaged over the processes."""
-    if world() == 1:
-        return loss_fn
-    # unused: the encoder of a linear probe, a logit_bias that the loss leaves out
-    wrap = nn.parallel.DistributedDataParallel
-    return wrap(Loss(module, loss_fn), find_unused_parameters=True)
+def average_gradients(parameters):
+    """The gradient of the whole batch's loss on every process, as the mean of theirs: that of a
+    parameter used before `gather` is, on each, of its own rows and times the number of processes.
+    """
+    for parameter in parameters:
+        if world() > 1 and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()
 
 
 def in_processes(work, argv, runs, jobs, device):
@@ -1274,39 +1220,35 @@ def in_processes(work, argv, runs, jobs, device):
     """
     if jobs == 1 or world() > 1 or pick_device(device).type != "cpu":
         return [work(argv, run) for run in runs]
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    spawn, start = multiprocessing.get_context("spawn"), (os.cpu_count() // jobs, os.getpid())
-    with ProcessPoolExecutor(jobs, spawn, start_worker, start) as pool:
+    spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
+    with ProcessPoolExecutor(jobs, spawn, start_worker, [threads]) as pool:
         tasks = [pool.submit(interruptible, work, argv, run) for run in runs]
         workers = multiprocessing.active_children()
         try:
             return [task.result() for task in tasks]
-        except BaseException as error:  # Ctrl-C, or an error of one: start no other
-            for child in multiprocessing.active_children():
-                child.terminate()  # SIGTERM: its step is finished and saved
+        except BaseException as error:  # Ctrl-C, or an error of one: no other goes on
+            for worker in workers:
+                worker.terminate()  # SIGTERM: its step is finished and saved
             pool.shutdown(cancel_futures=True)
-            if type(error).__name__ == "BrokenProcessPool":
-                if {worker.exitcode for worker in workers} == {130}:
-                    raise KeyboardInterrupt from error  # Ctrl-C ended them before it came here
-                raise InputError(
-                    "a process of --jobs was killed or interrupted; the same command continues. In"
-                    " a script of your own, call main under `if __name__ == '__main__':`"
-                ) from error
-            raise
+            if not isinstance(error, BrokenProcessPool):
+                raise
+            if all(worker.exitcode == 130 for worker in workers):
+                raise KeyboardInterrupt from error  # Ctrl-C ended them before it came here
+            raise InputError(
+                "a process of --jobs was killed; the same command continues. In a script of your"
+                " own, call main under `if __name__ == '__main__':`"
+            ) from error
 
 
-def start_worker(threads, parent):
-    """A process of `in_processes` begins: silent, with its threads, and gone when the parent is."""
+def start_worker(threads):
+    """A process of `in_processes` begins: silent, with its threads, and gone when its parent is."""
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+    def follow():
+        multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)  # a step at work is finished and saved
 
-    threading.Thread(target=watch, daemon=True).start()
-    torch.set_num_threads(max(1, threads))
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(threads)
     sys.stdout = open(os.devnull, "w")
 
 
@@ -1349,7 +1291,7 @@ def new_training(config, name, module, optimiser, loss_fn, batches_from, key):
     """
     file = f"{slug(name)}-seed-{config.seed}-{hash_of(module.state_dict(), key)}.pt"
     path = Path(config.out) / "checkpoints" / file
-    title, per_epoch = f"{name}, seed {config.seed}", math.ceil(key["images"] / config.batch)
+    title, per_epoch = f"{name}, seed {config.seed}", steps_of_epoch(key["images"], config.batch)
     return Training(title, module, optimiser, loss_fn, batches_from, per_epoch, path, key)
 
 
@@ -1379,10 +1321,8 @@ def restore(config, training, scaler):
     training.optimiser.load_state_dict(saved["optimiser"])
     scaler.load_state_dict(saved["scaler"])
     torch.set_rng_state(saved["rng"])
-    if saved["rng_cuda"] is not None and world() == 1:
+    if saved["rng_cuda"] is not None and world() == 1:  # of several it is rank 0's alone
         torch.cuda.set_rng_state(saved["rng_cuda"])
-    elif saved["rng_cuda"] is not None:  # it is rank 0's; the others' dropout goes on to differ
-        torch.cuda.manual_seed(config.seed + saved["step"] + rank())
     print(f"{training.name}: continues {training.path} at step {saved['step']} of {saved['steps']}")
     return saved["step"]
 
@@ -1422,38 +1362,34 @@ def hash_of(*things):
 
 
 def code_of(thing):
-    """The program behind a function or class, for `hash_of`: its own definition, those of all that
-    it names in its file, of what these name, and so on; of a closure also the numbers and strings
-    that it closes over. Comments, docstrings and line breaks change nothing.
+    """The program behind a function, class or object, for `hash_of`: its source, that of what it
+    names in its file, of what these name, and so on, and the numbers, strings and tensors met on
+    the way or closed over. Comments, docstrings and line breaks change nothing.
     """
     thing = getattr(thing, "func", thing)  # of a functools.partial
-    if not hasattr(thing, "__qualname__"):  # an object: its class, and the numbers that it holds
-        return [code_of(type(thing)), [f"{k}={v}" for k, v in vars(thing).items() if plain(v)]]
+    home = sys.modules[thing.__module__]
     closed_over = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    values = [str(x) for x in closed_over if plain(x)]
-    try:
-        tree = ast.parse(Path(inspect.getsourcefile(thing)).read_text(encoding="utf-8"))
-    except (OSError, TypeError):  # typed into a console or a notebook
-        functions = [f for f in (thing, *vars(thing).values()) if hasattr(f, "__code__")]
-        codes = [f.__code__ for f in functions]
-        return [[repr((c.co_code, c.co_names, c.co_consts)) for c in codes], values]
-    defined, found, todo = {}, {}, [thing.__qualname__.split(".")[0]]
-    for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = [n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store)]
-            defined |= {n.id: node for n in targets if isinstance(n, ast.Name)}
-        elif hasattr(node, "name"):
-            defined[node.name] = node
+    found, seen = [x for x in closed_over if plain(x)], set()
+    todo = [getattr(home, getattr(thing, "__qualname__", "").split(".")[0], thing)]
     while todo:
-        name = todo.pop()
-        if name in defined and name not in found:
-            for node in ast.walk(defined[name]):
+        x = todo.pop()
+        if isinstance(x, (list, tuple, dict)):
+            todo += x.values() if isinstance(x, dict) else x
+        elif plain(x) or isinstance(x, (torch.Tensor, np.ndarray)):
+            found.append(x)
+        elif getattr(x, "__module__", "") == thing.__module__ and id(x) not in seen:
+            seen.add(id(x))
+            if not hasattr(x, "__qualname__"):  # an object
+                todo += [type(x), vars(x)]
+                continue
+            tree = ast.parse(textwrap.dedent(inspect.getsource(x)))  # without comments
+            for node in ast.walk(tree):
                 if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                     node.value.value = ""  # a docstring
                 if isinstance(node, ast.Name):
-                    todo.append(node.id)
-            found[name] = ast.dump(defined[name])
-    return [found, values]
+                    todo.append(getattr(home, node.id, None))
+            found.append(ast.dump(tree))
+    return found
 
 
 def plain(x):

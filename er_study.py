@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import expit, logit
-from scipy.stats import binomtest, linregress
+from scipy.stats import linregress
 
 import common
 from common import arg
@@ -76,20 +76,16 @@ class Config(common.Run):
 # --- method ---------------------------------------------------------------------------------------
 
 
-def check_shares(x):
-    """Raises InputError for percent and NaN, whose logits would be left out without a word."""
-    x = np.asarray(x, float)
-    if not np.all((x >= 0) & (x <= 1)):
-        raise common.InputError(f"accuracies are not all shares, from 0 to 1: {x}")
-    return x
-
-
 def fit_line(acc_id, acc_ood):
     """App. A: linregress(logit(Acc_ID), logit(Acc_OOD)).  [M], [M] -> slope, intercept, R2, used
 
-    used: bool [M], the pairs with both logits finite (E1). Accuracies are never clipped.
+    used: bool [M], the pairs with both logits finite (E1). Accuracies are never clipped. Raises
+    InputError for percent and NaN, whose logits would be left out without a word.
     """
-    x, y = logit(check_shares(acc_id)), logit(check_shares(acc_ood))
+    for acc in (acc_id, acc_ood):
+        if not np.all((acc >= 0) & (acc <= 1)):
+            raise common.InputError(f"accuracies are not all shares, from 0 to 1: {acc}")
+    x, y = logit(acc_id), logit(acc_ood)
     used = np.isfinite(x) & np.isfinite(y)  # Differs (E1): the text does not say
     if used.sum() < 3:
         raise common.InputError(f"baseline: {used.sum()} models with finite logits; needs 3")
@@ -99,7 +95,7 @@ def fit_line(acc_id, acc_ood):
 
 def beta(acc_id, slope, intercept):
     """Sec. 3: the OOD accuracy that the baseline gives an ID accuracy; 0 at 0, 1 at 1 (E1)."""
-    return expit(slope * logit(check_shares(acc_id)) + intercept)
+    return expit(slope * logit(acc_id) + intercept)
 
 
 def effective_robustness(acc_id, acc_ood, slope, intercept):
@@ -134,228 +130,92 @@ def selection_half(n):
 # --- train / prepare ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Line:
-    """A baseline, and of which models and sets it is."""
+    """A baseline, and the M models that it is fitted to."""
 
     id: str
     ood: str
-    sizes: tuple  # images of the two sets
-    models: tuple
     slope: float
     intercept: float
     r2: float
-    residual: float  # standard deviation of the models' own ER, a share
-    low: float
-    high: float  # range of ID accuracy
+    models: list
+    acc_id: np.ndarray  # [M]
+    acc_ood: np.ndarray
+    er: np.ndarray  # of these models themselves: the scale for that of others
+    low: float  # range of their ID accuracy
+    high: float
+    residual: float  # standard deviation of their ER
 
     def extrapolates(self, acc_id):
         return not self.low <= acc_id <= self.high  # Differs (E3): ours
 
 
 def baseline(testbed, ood):
-    """Line of a testbed for one shift. Studied models never enter: they would pull it to them.
-    Raises InputError where one of them is among the others under its name, at any "@" of pixels.
-    """
+    """Line of a testbed for one shift. Studied models never enter: they would pull it to them."""
     at_home = testbed.id_of[ood]
     acc_id, acc_ood = testbed.accuracy(at_home), testbed.accuracy(ood)
-    kept = (
-        [m not in testbed.studied for m in testbed.models] & ~np.isnan(acc_id) & ~np.isnan(acc_ood)
-    )
-    slope, intercept, r2, used = fit_line(acc_id[kept], acc_ood[kept])
+    others = [m not in testbed.studied for m in testbed.models]
+    rows = np.flatnonzero(others & ~np.isnan(acc_id) & ~np.isnan(acc_ood))
+    slope, intercept, r2, used = fit_line(acc_id[rows], acc_ood[rows])
     if not used.all():
         print(f"{ood}: {(~used).sum()} models with an accuracy of 0 or 1 are not in the fit (E1)")
-    rows = np.flatnonzero(kept)[used]
-    own = effective_robustness(acc_id[rows], acc_ood[rows], slope, intercept)
-    models, sizes = tuple(testbed.models[i] for i in rows), (testbed.n[at_home], testbed.n[ood])
-    twice = {m.split("@")[0] for m in models} & {m.split("@")[0] for m in testbed.studied}
-    if twice:
-        cure = "take it out of the baseline or out of the models under study"
-        raise common.InputError(f"{min(twice)} is in its own baseline on {ood}; {cure}")
-    spread = float(own.std(ddof=2)), float(acc_id[rows].min()), float(acc_id[rows].max())
-    return Line(at_home, ood, sizes, models, slope, intercept, r2, *spread)
+    rows = rows[used]
+    models, acc_id, acc_ood = [testbed.models[i] for i in rows], acc_id[rows], acc_ood[rows]
+    er = effective_robustness(acc_id, acc_ood, slope, intercept)
+    low, high, residual = acc_id.min(), acc_id.max(), er.std(ddof=2)
+    of_models = models, acc_id, acc_ood, er, low, high, residual
+    return Line(at_home, ood, slope, intercept, r2, *of_models)
 
 
 @dataclass
 class Measurement:
-    """What ER is measured with: a testbed, its lines and redraws, and the test images in memory."""
+    """What ER is measured with."""
 
-    testbed: object
+    testbed: testbeds.Testbed
     lines: dict  # shift -> Line
-    redraws: object  # testbeds.Redraws
-    splits: dict  # name -> Split; "val", ID, shifts
-    images: dict  # name -> [N, 3, H, W]
-    nobody: dict  # shift -> bool [N], images that no testbed model gets right, if known by image
+    redraws: testbeds.Redraws | None  # for intervals; None: there are none
+    sets: dict  # name -> (images [N, 3, H, W], labels [N]) of the test set and the shifts
 
 
-@dataclass
-class Checkpoint:
-    """One evaluation of a run on one shift, a row of its trajectory file. It has counts, so that a
-    report needs neither model nor images. The shift "mean" has the mean ER of all shifts, the ID
-    counts of the first one, and no OOD counts.
-    """
-
-    run: str
-    model: str
-    init: str  # one of KINDS
-    lr: float  # of logistic regression: lambda
-    seed: int
-    step: int
-    epoch: float
-    shift: str
-    k_id: int  # images right, of n_id
-    n_id: int
-    k_val: int
-    n_val: int
-    k_ood: int | None
-    n_ood: int | None
-    k_nobody: int  # of the images that no testbed model gets right
-    n_nobody: int
-    beta: float  # what the line gives the ID accuracy
-    er: float
-    er_half: float  # of selection_half of the images, ID and OOD (E5)
-    er_rest: float
-    er_lo: float  # 95 % interval, over testbed models and images
-    er_hi: float
-    extrapolated: int
-    ece_id: float | None = None  # where it was measured
-    ece_ood: float | None = None
-
-
-def new_measurement(config, testbed, splits=None, images=None):
+def new_measurement(config, testbed, sets=None):
     lines = {ood: baseline(testbed, ood) for ood in testbed.id_of}
-    nobody = {ood: nobody_right(testbed.right[ood]) for ood in lines if testbed.right}
-    redraws = testbeds.redraw(testbed, config.draws)
-    return Measurement(testbed, lines, redraws, splits, images, nobody)
+    return Measurement(testbed, lines, testbeds.redraw(testbed, config.draws), sets)
 
 
 def in_memory(data, clip):
-    """The splits that a run is evaluated on, by name, and their images as tensors."""
-    splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
-    transform, images = common.eval_transform(clip.size, clip.mean, clip.std), {}
-    for name, split in splits.items():
-        read = common.Images(split, transform)
-        images[name] = torch.stack([read[i, 0][0] for i in range(len(read))])
-    return splits, images
-
-
-@torch.inference_mode()
-def score(measurement, model, features=None):
-    """{set: right, bool [N]} of a Classifier; `features` {set: [N, D]} in place of the images."""
-    device, right = model.head.weight.device, {}
-    model.eval()
-    for name, inputs in (features or measurement.images).items():
-        parts = [x.to(device) for x in inputs.split(256)]
-        logits = [model.classify(x) if features else model(x)[1] for x in parts]
-        predicted = torch.cat(logits).argmax(1).cpu()
-        right[name] = (predicted == measurement.splits[name].labels).numpy()
-    return right
-
-
-def measure(measurement, run, step, epoch, right):
-    """Checkpoints of one evaluation, of every shift and their mean, which has its own interval.
-
-    run: {column: value} of what all evaluations of a run share; right: {set: bool [N]} of the same
-    weights, "val" among them where there is one.
-    """
-    found, drawn, val = [], [], right.get("val", np.zeros(0, bool))
-    for ood, line in measurement.lines.items():
-        a, b, sets = right[line.id], right[ood], (line.id, ood)
-        redrawn = [measurement.redraws.accuracy(s, right[s]) for s in sets]
-        drawn.append(effective_robustness(*redrawn, *measurement.redraws.lines[ood]))
-        low, high = testbeds.interval(drawn[-1])
-        in_a, in_b, fit = *map(selection_half, (len(a), len(b))), (line.slope, line.intercept)
-        k_nobody, n_nobody = share_right(b, measurement.nobody.get(ood, np.zeros(len(b), bool)))
-        checkpoint = Checkpoint(
-            **run, step=step, epoch=epoch, shift=ood,
-            k_id=int(a.sum()), n_id=len(a), k_val=int(val.sum()), n_val=len(val),
-            k_ood=int(b.sum()), n_ood=len(b), k_nobody=k_nobody, n_nobody=n_nobody,
-            beta=float(beta(a.mean(), *fit)), er_lo=low, er_hi=high,
-            er=float(effective_robustness(a.mean(), b.mean(), *fit)),
-            er_half=float(effective_robustness(a[in_a].mean(), b[in_b].mean(), *fit)),
-            er_rest=float(effective_robustness(a[~in_a].mean(), b[~in_b].mean(), *fit)),
-            extrapolated=int(line.extrapolates(a.mean())),
-        )  # fmt: skip
-        found.append(checkpoint)
-    return [*found, mean_of(found, testbeds.interval(np.mean(drawn, 0)))]
-
-
-def mean_of(checkpoints, interval):
-    """The Checkpoint "mean" of those of one evaluation."""
-    columns = {f: [getattr(c, f) for c in checkpoints] for f in vars(checkpoints[0])}
-    new = {f: float(np.mean(columns[f])) for f in ("beta", "er", "er_half", "er_rest")}
-    new |= {f: sum(columns[f]) for f in ("k_nobody", "n_nobody")}
-    new |= {"k_ood": None, "n_ood": None, "extrapolated": max(columns["extrapolated"])}
-    return replace(checkpoints[0], shift="mean", er_lo=interval[0], er_hi=interval[1], **new)
-
-
-class Trajectory:
-    """The file of one run. An evaluation is on disk when `add` returns, and the file is never in
-    parts: it is written anew beside the old one, which it replaces.
-    """
-
-    def __init__(self, config, measurement, path, run, steps, per_epoch):
-        self.config, self.measurement, self.path = config, measurement, Path(path)
-        self.run, self.steps, self.per_epoch = run, steps, per_epoch
-        self.checkpoints = []
-
-    def lacks(self, step):
-        return step in self.steps and all(c.step != step for c in self.checkpoints)
-
-    def attempts(self):
-        """Yields whether the training may go on from its checkpoint, until every step is evaluated.
-        Where evaluations before the checkpoint are lost, the second attempt starts anew.
-        """
-        for resume in (self.config.resume, False):
-            paths = [self.path] if resume and self.path.is_file() else []
-            self.checkpoints = common.broadcast([c for path in paths for c in read(path)])
-            if any(map(self.lacks, self.steps)):
-                yield resume
-            if not any(map(self.lacks, self.steps)):
-                return
-
-    def add(self, step, right):
-        """Measure and write; right: {set: bool [N]}."""
-        epoch = step / self.per_epoch
-        self.checkpoints += measure(self.measurement, self.run, step, epoch, right)
-        write(self.path, self.checkpoints)
-
-
-def write(path, checkpoints):
-    """The file that `read` reads. These files are the result: raises InputError if it fails."""
-    rows = functools.partial(testbeds.write_rows, checkpoints)
-    if not common.write_file(path, rows) and not common.rank():
-        raise common.InputError(f"{path} cannot be written; the same command continues")
-
-
-def read(path):
-    """[Checkpoint] of a file that `write` wrote. Raises InputError by line and column."""
-    return testbeds.read_rows(path, Checkpoint, unique=("run", "step", "shift"))
+    """{name: (images, labels)} of the test set and the shifts, as tensors."""
+    transform, sets = common.eval_transform(clip.size, clip.mean, clip.std), {}
+    for split in (data.test, *data.shifts):
+        images = common.Images(split, transform)
+        sets[split.name] = torch.stack([images[i, 0][0] for i in range(len(images))]), split.labels
+    return sets
 
 
 @dataclass(frozen=True)
 class Setting:
     """What fine-tuning is followed: one run."""
 
-    kind: str  # one of KINDS
-    lr: float
-    epochs: int
+    run: str  # its name, whatever the seed
+    init: str  # one of KINDS
+    lr: float  # of logistic regression (lab/er_settings.py): lambda
     seed: int
-    name: str = ""  # of the run, if not by kind and rate
-
-    @property
-    def title(self):
-        return self.name or f"{self.kind}, lr {self.lr:g}"
+    epochs: int
 
 
 def plan(config):
-    """[Setting] of --kinds, of the first seed."""
+    """[Setting] of --kinds and --seeds, the longest first: none runs alone at the end."""
     wanted = common.choose(config.kinds, KINDS, "--kinds")
     rates = {"zero-shot": common.numbers(config.lr, "--lr"), "new-head": [config.lr_new]}
     rates |= {"head-only": [config.lr_head], "random": [config.lr_random]}
     epochs = dict.fromkeys(KINDS, config.epochs) | {"random": config.epochs_random}
-    kinds = [kind for kind in KINDS if kind in wanted]
-    return [Setting(kind, lr, epochs[kind], config.seed) for kind in kinds for lr in rates[kind]]
+    settings = [
+        Setting(f"{kind}, lr {lr:g}", kind, lr, config.seed + i, epochs[kind])
+        for i in range(config.seeds)
+        for kind in dict.fromkeys(wanted)
+        for lr in rates[kind]
+    ]
+    return sorted(settings, key=lambda s: -s.epochs)
 
 
 def new_head(model, seed):
@@ -369,117 +229,198 @@ def new_head(model, seed):
     return model
 
 
-def start_of(config, zero_shot, kind):
+def start_of(config, zero_shot, init):
     """The Classifier from which a trajectory starts: zero-shot, or a twin of config.seed."""
-    if kind == "random":
+    if init == "random":
         other = replace(config, weights="", pretrained="random")
         common.set_seed(config.seed)
         visual = common.load_clip(other).model.visual
         model = common.Classifier(visual, zero_shot.head.weight.detach().cpu())
         return new_head(model.to(zero_shot.head.weight.device), config.seed)
     model = copy.deepcopy(zero_shot)
-    return model if kind == "zero-shot" else new_head(model, config.seed)
+    return model if init == "zero-shot" else new_head(model, config.seed)
 
 
 def follow(config, data, clip, zero_shot, measurement, setting, loss=None):
-    """Fine-tune once, evaluated by the cadence; what is in the trajectory's file is not run again.
-    -> [Checkpoint]
+    """Fine-tune once, evaluated by the cadence.  -> [Point]
 
     loss(model) -> loss_fn for common.fine_tune; the setting's name must say which.
     """
     config = replace(config, lr=setting.lr, epochs=setting.epochs, seed=setting.seed)
-    start = start_of(config, zero_shot, setting.kind)
-    trajectory = new_trajectory(config, data, clip, measurement, setting, start)
-    for resume in trajectory.attempts():
+    start, splits = start_of(config, zero_shot, setting.init), (data.test, *data.shifts)
+
+    def evaluations(todo, resume):
         used, features = replace(config, resume=resume), None
         model = copy.deepcopy(start)
-        args = used, setting.title, model, data.train, clip
-        if setting.kind == "head-only":
-            splits = measurement.splits.items()
-            features = {s: common.frozen_features(used, model, x, clip)[0] for s, x in splits}
+        args = used, setting.run, model, data.train, clip
+        if setting.init == "head-only":
+            features = {s.name: common.frozen_features(used, model, s, clip)[0] for s in splits}
             training = common.probe_training(*args)
         elif loss:
-            training = common.image_training(*args, loss(model), key={"loss": setting.title})
+            training = common.image_training(*args, loss(model), key={"loss": setting.run})
         else:
             training = common.image_training(*args)
         for done in common.train_steps(used, training):
-            if trajectory.lacks(done):
-                trajectory.add(done, score(measurement, model, features))
-    return trajectory.checkpoints
+            if done in todo:
+                yield done, score(measurement, model, features)
 
-
-def new_trajectory(config, data, clip, measurement, setting, start):
-    """Trajectory of a run from `start`; its file is named by a hash of all that shapes it."""
-    run = {"run": f"{setting.title}, seed {setting.seed}", "model": config.model}
-    run |= {"init": setting.kind, "lr": setting.lr, "seed": setting.seed}
-    recipe = [getattr(config, f) for f in ("epochs", "batch", "weight_decay", "warmup", "clip")]
-    key = [start.state_dict(), clip.key, run, recipe, config.precision, measurement.testbed.models]
-    key += [measurement.testbed.k, config.draws, [f.name for f in dataclasses.fields(Checkpoint)]]
-    key += [common.fingerprint(s) for s in (data.train, *measurement.splits.values())]
-    file = f"{common.slug(run['run'])}-{common.hash_of(key)}.csv"
-    per_epoch = math.ceil(len(data.train.labels) / config.batch)
-    path, steps = Path(config.out) / "trajectories" / file, cadence(per_epoch, config.epochs)
-    return Trajectory(config, measurement, path, run, steps, per_epoch)
+    recipe = [getattr(config, f) for f in ("batch", "weight_decay", "warmup", "clip", "precision")]
+    key = [start.state_dict(), clip.key, recipe]
+    key += [common.fingerprint(s) for s in (data.train, *splits)]
+    steps = cadence(common.steps_of_epoch(len(data.train.labels), config.batch), setting.epochs)
+    return record(config, measurement, setting, key, steps, evaluations)
 
 
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def curve(checkpoints, shift):
-    """{name: [S]} of one run's checkpoints on a shift, in the order of their steps; shares."""
-    own = sorted((c for c in checkpoints if c.shift == shift), key=lambda c: c.step)
-    names = "step", "epoch", "beta", "er", "er_half", "er_rest", "er_lo", "er_hi", "extrapolated"
-    out = {name: np.array([getattr(c, name) for c in own]) for name in names}
-    for part in ("id", "val", "nobody"):
-        k, n = (np.array([getattr(c, f"{x}_{part}") for c in own]) for x in "kn")
-        out[part] = k / np.maximum(n, 1)
-    return out | {"ood": out["beta"] + out["er"]}
+@dataclass
+class Point:
+    """One model on one shift, in shares: an evaluation of a run, which is a row of the run's file,
+    or a published model. The shift "mean" is the mean over all shifts, its `nobody` the share of
+    all their images, its `id` that of the first one.
+    """
+
+    run: str  # or the published model
+    shift: str
+    id: float
+    ood: float
+    er: float
+    er_lo: float  # 95 % interval, over testbed models and images
+    er_hi: float
+    extrapolated: int
+    init: str = ""
+    lr: float = 0.0
+    seed: int = 0
+    step: int = 0
+    nobody: float = 0.0  # right, of the images that no testbed model gets right; 0 where none is
+    er_half: float = 0.0  # of selection_half of the images, ID and OOD (E5)
+    er_rest: float = 0.0
+    ece_id: float | None = None  # where it was measured (lab/er_axes.py)
+    ece_ood: float | None = None
+
+
+@torch.inference_mode()
+def score(measurement, model, features=None):
+    """{set: right, bool [N]} of a Classifier; `features` {set: [N, D]} in place of the images."""
+    device, right = model.head.weight.device, {}
+    model.eval()
+    for name, (images, labels) in measurement.sets.items():
+        inputs = (features[name] if features else images).split(256)
+        parts = [x.to(device) for x in inputs]
+        logits = [model.classify(x) if features else model(x)[1] for x in parts]
+        right[name] = (torch.cat(logits).argmax(1).cpu() == labels).numpy()
+    return right
+
+
+def measure(measurement, setting, step, right):
+    """[Point] of one evaluation, of every shift and their mean, which has its own interval.
+
+    right: {set: bool [N]}, all of the same weights.
+    """
+    redraws, bits = measurement.redraws, measurement.testbed.right
+    run = {name: getattr(setting, name) for name in ("run", "init", "lr", "seed")}
+    found, drawn, counts = [], [], []
+    for ood, line in measurement.lines.items():
+        a, b, fit = right[line.id], right[ood], (line.slope, line.intercept)
+        redrawn = (redraws.accuracy(s, right[s]) for s in (line.id, ood))
+        drawn.append(effective_robustness(*redrawn, *redraws.lines[ood]))
+        low, high = testbeds.interval(drawn[-1])
+        k, n = share_right(b, nobody_right(bits[ood])) if bits else (0, 0)
+        counts.append((k, n))
+        half_a, half_b = selection_half(len(a)), selection_half(len(b))
+        point = Point(
+            **run, step=step, shift=ood, id=float(a.mean()), ood=float(b.mean()),
+            er=float(effective_robustness(a.mean(), b.mean(), *fit)), er_lo=low, er_hi=high,
+            er_half=float(effective_robustness(a[half_a].mean(), b[half_b].mean(), *fit)),
+            er_rest=float(effective_robustness(a[~half_a].mean(), b[~half_b].mean(), *fit)),
+            nobody=k / max(n, 1), extrapolated=int(line.extrapolates(a.mean())),
+        )  # fmt: skip
+        found.append(point)
+    low, high = testbeds.interval(np.mean(drawn, 0))
+    k, n = np.sum(counts, 0)
+    mean = {"shift": "mean", "er_lo": low, "er_hi": high, "nobody": float(k / max(n, 1))}
+    for name in ("ood", "er", "er_half", "er_rest"):
+        mean[name] = float(np.mean([getattr(p, name) for p in found]))
+    mean["extrapolated"] = max(p.extrapolated for p in found)
+    return [*found, replace(found[0], **mean)]
+
+
+def record(config, measurement, setting, key, steps, evaluations):
+    """[Point] of a run at `steps`. They are kept in a CSV file, which is written anew with
+    each: an interrupted run loses none, and what the file has is not evaluated again.
+
+    key: what shapes the run beside its setting. evaluations(todo, resume) yields (step, {set: bool
+    [N]}) for the steps in `todo`; resume: whether a training may go on from its checkpoint.
+    """
+    bed, columns = measurement.testbed, [f.name for f in dataclasses.fields(Point)]
+    key = [key, dataclasses.asdict(setting), bed.models, bed.k, config.draws, columns]
+    name = common.slug(f"{setting.run}, seed {setting.seed}")
+    path = Path(config.out) / "trajectories" / f"{name}-{common.hash_of(key)}.csv"
+    saved = read(path) if config.resume and path.is_file() else []
+    found = common.broadcast(saved)
+    todo = set(steps) - {c.step for c in found}
+    for resume in (config.resume, False):  # anew where the checkpoint is past lost evaluations
+        for step, right in evaluations(todo, resume) if todo else ():
+            found += measure(measurement, setting, step, right)
+            write(path, found)
+            todo.remove(step)
+    return found
+
+
+def write(path, points):
+    """The file that `read` reads. These files are the result: raises InputError if it fails."""
+    rows = functools.partial(testbeds.write_rows, points)
+    if not common.write_file(path, rows) and not common.rank():
+        raise common.InputError(f"{path} cannot be written; the same command continues")
+
+
+def read(path):
+    """[Point] of a file that `write` wrote. Raises InputError."""
+    return testbeds.read_rows(path, Point)
+
+
+def curve(points, shift):
+    """{name of a Point's field: [S]} of one run on a shift, in the order of its steps."""
+    own = sorted((c for c in points if c.shift == shift), key=lambda c: c.step)
+    return {name: np.array([getattr(c, name) for c in own]) for name in vars(own[0])}
 
 
 def at_accuracy(c, accuracy):
     """ER where a run's ID accuracy first passes `accuracy`, interpolated in logit(ID); or nan."""
-    x, y = [], []
-    for acc, er in zip(c["id"], c["er"], strict=True):
-        if 0 < acc < 1 and (not x or logit(acc) > x[-1]):
-            x.append(logit(acc))
-            y.append(er)
-    inside = x and x[0] <= logit(accuracy) <= x[-1]
-    return float(np.interp(logit(accuracy), x, y)) if inside else math.nan
+    before = np.maximum.accumulate([0, *c["id"]])[:-1]
+    high = (c["id"] > before) & (c["id"] < 1)  # its new highs
+    if not high.any():
+        return math.nan
+    x, er = logit(c["id"][high]), c["er"][high]
+    return float(np.interp(logit(accuracy), x, er, left=math.nan, right=math.nan))
 
 
-def summarise(checkpoints, shift):
-    """One run's ER in a few numbers: at the start, the largest (as is; after a median of three
-    checkpoints; free of selection, E5), where, at the last and at the best checkpoint on ID val,
-    and at fixed ID accuracies. Shares.
+def summarise(points, shift):
+    """One run's ER in a few numbers: at the start; the largest, as is and free of selection (E5),
+    and where; the rise to it and the fall from it; at the last checkpoint; at fixed ID accuracies.
+    Shares.
     """
-    c = curve(checkpoints, shift)
-    steps = len(c["er"])
-    smooth = [np.median(c["er"][max(0, i - 1) : i + 2]) for i in range(steps)]
+    c = curve(points, shift)
     # Differs (E5): how the paper sums up a curve is not known to us
     half, rest = c["er_half"], c["er_rest"]
     picks = [(rest, half.argmax()), (half, rest.argmax())]  # scored on, chosen on the other
-    out = {"start": c["er"][0], "start_lo": c["er_lo"][0], "start_hi": c["er_hi"][0]}
-    out |= {"max": c["er"].max(), "max_median": max(smooth)}
+    out = {"max": c["er"].max(), "last_id": c["id"][-1]}
     out |= {"max_free": np.mean([er[i] for er, i in picks])}
     out |= {"free_id": np.mean([c["id"][i] for _, i in picks])}
-    out |= {"free_epoch": np.mean([c["epoch"][i] for _, i in picks])}
     out |= {"rise": np.mean([er[i] - er[0] for er, i in picks])}
     out |= {"fall": np.mean([er[i] - er[-1] for er, i in picks])}
-    out |= {"last": c["er"][-1], "last_lo": c["er_lo"][-1], "last_hi": c["er_hi"][-1]}
-    last = max((r for r in checkpoints if r.shift == shift), key=lambda r: r.step)
-    exact = binomtest(last.k_id, last.n_id).proportion_ci()  # Clopper-Pearson, 95 %
-    out |= {"last_id": c["id"][-1], "last_id_lo": exact.low, "last_id_hi": exact.high}
-    out |= {"outside": c["extrapolated"][0], "last_outside": c["extrapolated"][-1]}
-    out |= {"best_val": c["er"][c["val"].argmax()]}
-    return out | {f"at {a:g}": at_accuracy(c, a) for a in (0.8, 0.9, 0.94)}
+    for name, i in (("start", 0), ("last", -1)):
+        out |= {name: c["er"][i], f"{name}_lo": c["er_lo"][i], f"{name}_hi": c["er_hi"][i]}
+        out |= {f"{name}_outside": c["extrapolated"][i]}
+    return out | {"at 80": at_accuracy(c, 0.8), "at 90": at_accuracy(c, 0.9)}
 
 
-def by_run(checkpoints):
-    """{run without its seed: {run: its checkpoints}}, by start, then rate, then seed."""
+def by_run(points):
+    """{run: {seed: its points}}, by start, then rate, then seed."""
     groups = {}
-    for c in sorted(checkpoints, key=lambda c: (KINDS.index(c.init), c.lr, c.seed)):
-        name = c.run.removesuffix(f", seed {c.seed}")
-        groups.setdefault(name, {}).setdefault(c.run, []).append(c)
+    for c in sorted(points, key=lambda c: (KINDS.index(c.init), c.lr, c.seed)):
+        groups.setdefault(c.run, {}).setdefault(c.seed, []).append(c)
     return groups
 
 
@@ -488,10 +429,10 @@ def best_line(lines):
     return max(lines, key=lambda s: lines[s].r2)
 
 
-def print_lines(testbed, lines, redraws=None):
+def print_lines(measurement):
     """Table of the baselines; the interval is of the slope, over models and images."""
-    rows = []
-    for ood, line in lines.items():
+    rows, redraws = [], measurement.redraws
+    for ood, line in measurement.lines.items():
         slope = f"{line.slope:.4f}"
         if redraws:
             slope += " [{:.3f}, {:.3f}]".format(*testbeds.interval(redraws.lines[ood][0]))
@@ -499,12 +440,9 @@ def print_lines(testbed, lines, redraws=None):
         numbers += [f"{100 * line.low:.1f}-{100 * line.high:.1f}"]
         rows.append([ood, line.id, len(line.models), *numbers])
     header = ["shift", "ID", "models", "slope [95 %]", "intercept", "R2", "residual SD", "ID range"]
-    title = f"testbed {testbed.name}: logit(OOD) = slope logit(ID) + intercept; points"
+    name = measurement.testbed.name
+    title = f"testbed {name}: logit(OOD) = slope logit(ID) + intercept; points"
     print("\n" + common.table(header, rows, title))
-
-
-def signed(points):
-    return "-" if math.isnan(points) else f"{points:+.1f}"
 
 
 def with_interval(mean, low, high):
@@ -514,36 +452,39 @@ def with_interval(mean, low, high):
 def over_runs(shares):
     """'+3.1 [+2.0, +4.2]' in points, '+3.1' of one run, '-' if a run has none."""
     mean, low, high = (100 * x for x in common.interval(shares))
-    if math.isnan(mean) or math.isnan(low):
-        return signed(mean)
-    return with_interval(mean, low, high)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:+.1f}" if math.isnan(low) else with_interval(mean, low, high)
 
 
 def print_runs(groups, shift):
-    """Table of ER through fine-tuning, mean over seeds. Intervals are those of images and testbed,
-    averaged over seeds; of "rise" and "fall", from start to the largest ER and on to the end, both
-    free of selection, those over runs. *: at the start, or the end, the line is extrapolated (E3).
+    """Table of ER through fine-tuning, mean over seeds. Intervals at the start and at the end are
+    those of images and testbed, averaged over seeds; all others are over runs.
     """
     lines = []
     for name, runs in groups.items():
-        s = [summarise(checkpoints, shift) for checkpoints in runs.values()]
+        s = [summarise(points, shift) for points in runs.values()]
         mean = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
-        star, end = (" *" * bool(mean[k]) for k in ("outside", "last_outside"))
-        spread = f" sd {100 * np.std([x['last'] for x in s], ddof=1):.1f}" if len(s) > 1 else ""
-        cells = [with_interval(mean["start"], mean["start_lo"], mean["start_hi"]) + star]
-        cells += [signed(mean[k]) for k in ("max", "max_median", "max_free")]
-        cells += [f"{mean['free_id']:.1f} / {mean['free_epoch'] / 100:.2g}"]
-        cells += [over_runs([x["rise"] for x in s]) + star, over_runs([x["fall"] for x in s]) + end]
-        cells += [f"{mean['last_id']:.1f} [{mean['last_id_lo']:.1f}, {mean['last_id_hi']:.1f}]"]
-        cells += [with_interval(mean["last"], mean["last_lo"], mean["last_hi"]) + end + spread]
-        cells += [signed(mean[k]) for k in ("best_val", "at 0.8", "at 0.9", "at 0.94")]
+        start = with_interval(mean["start"], mean["start_lo"], mean["start_hi"])
+        last = with_interval(mean["last"], mean["last_lo"], mean["last_hi"])
+        rise, fall, *at = (over_runs([x[k] for x in s]) for k in ("rise", "fall", "at 80", "at 90"))
+        star, end = (" *" * bool(mean[k]) for k in ("start_outside", "last_outside"))
+        cells = [start + star, f"{mean['max']:+.1f}", f"{mean['max_free']:+.1f}"]
+        cells += [f"{mean['free_id']:.1f}", rise + star, fall + end]
+        cells += [f"{mean['last_id']:.1f}", last + end, *at]
         lines.append([name, *cells])
-    header = ["ER in points", "start [95 %]", "max", "of medians", "unbiased", "at ID / epoch"]
-    header += ["rise", "fall", "last ID [95 %]", "last ER [95 %]", "best val", "at ID 80"]
-    header += ["90", "94"]
+    header = ["ER in points", "start [95 %]", "max", "unbiased", "at ID", "rise", "fall"]
+    header += ["last ID", "last ER [95 %]", "at ID 80", "at ID 90"]
     every = "all shifts, those without a line too" if shift == "mean" else shift
     title = f"effective robustness on {every}; -: that ID accuracy is not passed; *: extrapolated"
     print("\n" + common.table(header, lines, title))
+
+
+STORIES = {  # how the name of a run begins: what it is
+    "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
+    "new-head": "A new head on the pre-trained encoder",
+    "random": "From scratch",
+}
 
 
 def summary(groups, lines, shift):
@@ -552,16 +493,12 @@ def summary(groups, lines, shift):
     first = f"{shift} has the line that explains most, with R2 {lines[shift].r2:.2f}."
     if weak:
         first += f" R2 is below 1/2, so that ER is hardly defined, on {', '.join(weak)}."
-    stories = {
-        "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
-        "new-head": "A new head on the pre-trained encoder",
-        "random": "From scratch",
-    }
     sentences = [first]
-    for start, text in stories.items():
-        for name, runs in groups.items():
+    for start, text in STORIES.items():
+        for name in groups:
             if name.startswith(start):
-                sentences.append(f"{text} ({name}): {describe_runs(list(runs.values()), shift)}")
+                said = describe_runs(groups[name].values(), shift)
+                sentences.append(f"{text} ({name}): {said}")
     say(sentences)
 
 
@@ -573,7 +510,7 @@ def say(sentences):
 
 def describe_runs(runs, shift):
     """Is there a bump, how high, where, and is ER gone at the end?"""
-    s = [summarise(checkpoints, shift) for checkpoints in runs]
+    s = [summarise(points, shift) for points in runs]
     m = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
     gone = "includes" if m["last_lo"] <= 0 <= m["last_hi"] else "excludes"
     rise, fall = (over_runs([x[k] for x in s]) for k in ("rise", "fall"))
@@ -606,100 +543,80 @@ def id_axis(axis, line, low=0.08, high=0.985):
             axis.axvspan(*ends, color="0.95", lw=0)
 
 
-def caption(line):
-    return (
-        f"{line.ood}\nn {len(line.models)}, slope {line.slope:.2f}, intercept"
-        f" {line.intercept:.2f}, R² {line.r2:.3f}"
-    )
-
-
-def accuracies(testbed, line):
-    """ID and OOD accuracies of a baseline's models.  -> [M], [M]"""
-    rows = [testbed.row(m) for m in line.models]
-    return testbed.accuracy(line.id)[rows], testbed.accuracy(line.ood)[rows]
-
-
-def line_panel(axis, line, acc_id, acc_ood, low, high):
-    """A testbed's points and line, dotted where extrapolated; y = x dashed.  -> rows of numbers"""
+def line_panel(axis, line):
+    """A testbed's models and line, dotted where extrapolated; y = x dashed.  -> rows of numbers"""
+    low, high = 0.08, 0.99
     logit_axis(axis, "x", low, high, "ID accuracy, %")
     logit_axis(axis, "y", low, high, "OOD accuracy, %")
     axis.plot([low, high], [low, high], "--", color="0.7", lw=0.8)
     label = f"testbed, {len(line.models)} models"
-    axis.plot(acc_id, acc_ood, "o", ms=3, color="0.6", label=label)
+    axis.plot(line.acc_id, line.acc_ood, "o", ms=3, color="0.6", label=label)
     for ends, style in (((low, high), ":"), ((line.low, line.high), "-")):
         axis.plot(ends, beta(ends, line.slope, line.intercept), style, color="0.4", lw=1.1)
-    axis.set_title(caption(line), fontsize=8)
-    return list(zip(line.models, acc_id, acc_ood, strict=True))
+    fit = f"slope {line.slope:.2f}, intercept {line.intercept:.2f}, R² {line.r2:.3f}"
+    axis.set_title(f"{line.ood}\n{fit}", fontsize=8)
+    columns = line.models, line.acc_id, line.acc_ood, line.er
+    return [(line.ood, model, "", *row) for model, *row in zip(*columns, strict=True)]
 
 
-def styled(groups):
-    """Yields (group, checkpoints of a run, how it is drawn): a colour and one label per group."""
+def styled(groups, shift):
+    """Yields (run, its curve, how it is drawn): a colour and one label for all seeds."""
     for i, (name, runs) in enumerate(groups.items()):
-        look = {"color": f"C{i % 10}", "ls": "-" if i < 10 else ":", "marker": "o"}
-        for j, checkpoints in enumerate(runs.values()):
-            label = {"label": name if j == 0 else None}
-            yield name, checkpoints, look | label | {"lw": 0.9, "ms": 2.5}
+        for j, points in enumerate(runs.values()):
+            look = {"color": f"C{i}", "marker": "o", "lw": 0.9, "ms": 2.5}
+            yield name, curve(points, shift), look | {"label": None if j else name}
 
 
-def shown(shares):
-    """Accuracies near 0 and 1 are drawn at the edge of a logit axis."""
-    return np.clip(shares, 0.05, 0.995)
-
-
-def er_panel(axis, testbed, lines, groups, shift):
-    """ER against ID accuracy, a colour per group; dark: the testbed's own range.  -> rows"""
-    line, numbers = lines[shift if shift in lines else best_line(lines)], []
-    curves = [(name, curve(own, shift), look) for name, own, look in styled(groups)]
+def er_panel(axis, lines, groups, shift):
+    """ER against ID accuracy, a colour per run; dark: of the testbed's own models.  -> rows"""
+    line, curves = lines.get(shift, lines[best_line(lines)]), list(styled(groups, shift))
     least = min(c["id"].min() for _, c, _ in curves)
     id_axis(axis, line, max(0.08, 0.95 * least))
-    if shift in lines:  # what ER is worth here: that of the baseline's own models
-        acc_id, acc_ood = accuracies(testbed, line)
-        own = 100 * effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
-        axis.axhspan(own.min(), own.max(), color="0.88", lw=0)
+    if shift in lines:
+        axis.axhspan(100 * line.er.min(), 100 * line.er.max(), color="0.88", lw=0)
     axis.axhline(0, color="0.4", lw=0.8)
+    numbers = []
     for name, c, look in curves:
-        axis.plot(shown(c["id"]), 100 * c["er"], **look)
+        axis.plot(c["id"], 100 * c["er"], **look)
         columns = [c[k] for k in ("step", "id", "ood", "er", "er_lo", "er_hi")]
         numbers += [(shift, name, *row) for row in zip(*columns, strict=True)]
     axis.set(ylabel="ER, points")
-    text = caption(line) if shift in lines else f"mean of {len(lines)} shifts"
-    axis.set_title(f"ER on {text}", fontsize=8)
+    axis.set_title(f"ER on {shift if shift in lines else 'all shifts'}", fontsize=8)
     return numbers
 
 
-def figure(config, testbed, lines, groups, shift):
+def figure(config, lines, groups, shift):
     """Accuracies on logit axes; ER against ID accuracy, and against steps; what the runs get of the
     images that no testbed model gets right.
     """
-    header, line = ["series", "model", "step", "id", "ood", "er", "lo", "hi"], lines[shift]
+    header, line = ["shift", "series", "step", "id", "ood", "er", "lo", "hi"], lines[shift]
     path = f"{config.out}/figures/er_study"
     with common.figure(path, header, columns=2, rows=2) as (axes, numbers):
         (line_axis, er_axis), (step_axis, nobody_axis) = axes
-        points = line_panel(line_axis, line, *accuracies(testbed, line), 0.08, 0.99)
-        numbers += [("testbed", model, "", *acc) for model, *acc in points]
-        of_runs = er_panel(er_axis, testbed, lines, groups, shift)
-        numbers += [(name, "", *row) for _, name, *row in of_runs]
-        for _, checkpoints, look in styled(groups):
-            c, nobody = curve(checkpoints, shift), curve(checkpoints, "mean")["nobody"]
-            line_axis.plot(shown(c["id"]), shown(c["ood"]), **look)
-            step_axis.plot(np.maximum(c["step"], 0.5), 100 * c["er"], **look)
-            nobody_axis.plot(shown(c["id"]), 100 * nobody, **look)
-        step_axis.set(xscale="log", xlabel="step (0 drawn at 1/2)", ylabel="ER, points")
+        numbers += line_panel(line_axis, line)
+        numbers += er_panel(er_axis, lines, groups, shift)
+        for _, c, look in styled(groups, shift):
+            line_axis.plot(c["id"], c["ood"], **look)
+            step_axis.plot(c["step"], 100 * c["er"], **look)
+        for _, c, look in styled(groups, "mean"):
+            nobody_axis.plot(c["id"], 100 * c["nobody"], **look)
+        step_axis.set(xscale="symlog", xlim=(0, None), xlabel="step", ylabel="ER, points")
         step_axis.set_title(f"ER on {shift} by step", fontsize=8)
+        step_axis.legend(fontsize=6)
         id_axis(nobody_axis, line)
         nobody_axis.set(ylabel="right, %")
         title = "of the images that no testbed model gets right, all shifts"
         nobody_axis.set_title(title, fontsize=8)
-        step_axis.legend(fontsize=6)
 
 
-def report(config, testbed, lines, checkpoints, redraws=None):
-    """Tables, figures and sentences, from the testbed and trajectories alone."""
-    groups, shift = by_run(checkpoints), best_line(lines)
-    print_lines(testbed, lines, redraws)
+def report(config, measurement, points):
+    """Tables, figure and sentences, from the testbed and trajectories alone."""
+    groups, lines = by_run(points), measurement.lines
+    shift = best_line(lines)
+    print_lines(measurement)
     for s in (shift, "mean"):
         print_runs(groups, s)
-    figure(config, testbed, lines, groups, shift)
+    figure(config, lines, groups, shift)
     summary(groups, lines, shift)
     return groups
 
@@ -707,73 +624,49 @@ def report(config, testbed, lines, checkpoints, redraws=None):
 # Published models, from the counts in data/testbeds; lab/er_modern.py says more of them.
 
 
-@dataclass(frozen=True)
-class Point:
-    """A published model beside a testbed, on one shift; shares."""
-
-    model: str
-    shift: str
-    id: float
-    ood: float
-    er: float
-    low: float  # 95 %: models of the testbed and images redrawn, the model's own as binomials
-    high: float
-    extrapolated: bool
-
-
-def studied_points(testbed, lines, redraws):
-    """{(model, shift): Point} of the models beside a baseline, where both accuracies are known."""
-    points = {}
-    for model, (ood, line) in itertools.product(testbed.studied, lines.items()):
+def studied_points(measurement):
+    """{(model, shift): Point} of the models beside a baseline, where both accuracies are known. The
+    images are redrawn as binomials of their counts.
+    """
+    testbed, redraws, points = measurement.testbed, measurement.redraws, {}
+    for model, (ood, line) in itertools.product(testbed.studied, measurement.lines.items()):
         sets, i = (line.id, ood), testbed.row(model)
         k, n = [testbed.k[s][i] for s in sets], [testbed.n[s] for s in sets]
         if not np.isnan(k).any():
             acc = k[0] / n[0], k[1] / n[1]
             er = effective_robustness(*acc, line.slope, line.intercept)
             drawn = [redraws.accuracy(s, k=a, n=b) for s, a, b in zip(sets, k, n, strict=True)]
-            spread = testbeds.interval(effective_robustness(*drawn, *redraws.lines[ood]))
-            outside = line.extrapolates(acc[0])
-            points[model, ood] = Point(model, ood, *acc, er, *spread, outside)
+            ends = testbeds.interval(effective_robustness(*drawn, *redraws.lines[ood]))
+            points[model, ood] = Point(model, ood, *acc, er, *ends, line.extrapolates(acc[0]))
     return points
 
 
-def beside(config, testbed):
-    """Print a testbed's lines.  -> {shift: Line}, the studied_points beside them"""
-    redraws = testbeds.redraw(testbed, config.draws)
-    lines = {ood: baseline(testbed, ood) for ood in testbed.id_of}
-    print_lines(testbed, lines, redraws)
-    return lines, studied_points(testbed, lines, redraws)
-
-
-def print_pairs(pairs, points, own_points):
-    """Table of ER before and after; own_points: those whose ID set has the shift's classes only."""
+def print_pairs(pairs, points):
+    """Table of ER before and after."""
     rows, shifts = [], list(dict.fromkeys(shift for _, shift in points))
     for pair in pairs:
         ends = [[points[pair[end], s] for s in shifts] for end in ("zero-shot", "fine-tuned")]
         cells = [pair["pair"] + " *" * bool(pair["by way of"])]
         cells += [" -> ".join(f"{100 * of_end[0].id:.1f}" for of_end in ends)]
         for a, b in zip(*ends, strict=True):
-            after = with_interval(*(100 * x for x in (b.er, b.low, b.high)))
+            after = with_interval(*(100 * x for x in (b.er, b.er_lo, b.er_hi)))
             cells.append(f"{100 * a.er:+.1f} -> {after}" + " e" * b.extrapolated)
-        own = [p for (model, _), p in own_points.items() if model == pair["fine-tuned"]]
-        rows.append([*cells, *(f"{100 * p.er:+.1f}" for p in own)])
-    header = ["pair", "ID", *shifts, *dict.fromkeys(f"{s} *" for _, s in own_points)]
+        rows.append(cells)
     title = (
-        "ER in points, zero-shot -> fine-tuned on ImageNet [95 %]; e: extrapolated (E3); after a"
-        " name, *: by way of ImageNet-12k; after a shift, *: ID on its 200 classes, fine-tuned"
+        "ER in points, zero-shot -> fine-tuned on ImageNet [95 %]; e: extrapolated (E3);"
+        " *: by way of ImageNet-12k"
     )
-    print("\n" + common.table(header, rows, title))
+    print("\n" + common.table(["pair", "ID", *shifts], rows, title))
 
 
-def describe_pairs(pairs, testbed, line, points):
+def describe_pairs(pairs, line, points):
     """On one shift: does ER vanish?"""
-    direct, shift = [p for p in pairs if not p["by way of"]], line.ood
-    own = 100 * effective_robustness(*accuracies(testbed, line), line.slope, line.intercept)
+    direct, shift, own = [p for p in pairs if not p["by way of"]], line.ood, 100 * line.er
     ends = ("zero-shot", "fine-tuned")
     before, after = ([points[pair[end], shift] for pair in direct] for end in ends)
     first, last = (100 * np.mean([p.er for p in group]) for group in (before, after))
     gone = "which is within" if abs(last) < 200 * line.residual else "which is beyond"
-    zero = sum(p.low <= 0 <= p.high for p in after)
+    zero = sum(p.er_lo <= 0 <= p.er_hi for p in after)
     above = sum(100 * p.er > own.max() for p in after)
     return (
         f"{shift}: ER over {len(direct)} pairs is {first:+.1f} before fine-tuning and {last:+.1f}"
@@ -784,57 +677,18 @@ def describe_pairs(pairs, testbed, line, points):
     )
 
 
-def figure_modern(config, testbed, lines, points, pairs, series=()):
-    """ER against ID accuracy, a panel per shift: baseline, pairs, and what else `series` has.
-
-    series: [(label, mark, models)]
+def modern(config):
+    """Real models before and after fine-tuning, on all of ImageNet's validation set, where the
+    zero-shot ones are known.  -> Measurement, studied_points
     """
-    header = ["shift", "series", "model", "id", "ood", "er", "lo", "hi"]
-    direct = [pair for pair in pairs if not pair["by way of"]]
-    series = [*series, ("CLIP and its like, zero-shot", "C0o", [p["zero-shot"] for p in direct])]
-    series += [("the same, fine-tuned on ImageNet", "C3o", [p["fine-tuned"] for p in direct])]
-    with common.figure(f"{config.out}/figures/er_modern", header, 2, 2) as (axes, numbers):
-        for axis, (shift, line) in zip(axes.flat, lines.items(), strict=True):
-            logit_axis(axis, "x", 0.57, 0.905, "accuracy on ImageNet, %")
-            acc_id, acc_ood = accuracies(testbed, line)
-            er = effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
-            label = f"{len(er)} models trained on ImageNet-1k alone"
-            axis.plot(acc_id, 100 * er, ".", ms=2, color="0.7", label=label)
-            axis.axhline(0, color="0.4", lw=0.8)
-            rows = zip(line.models, acc_id, acc_ood, er, strict=True)
-            numbers += [(shift, label, *row) for row in rows]
-            for pair in direct:
-                a, b = points[pair["zero-shot"], shift], points[pair["fine-tuned"], shift]
-                axis.plot([a.id, b.id], [100 * a.er, 100 * b.er], color="0.8", lw=0.7, zorder=1)
-            for label, mark, models in series:
-                own = [points[model, shift] for model in models]
-                axis.plot([p.id for p in own], [100 * p.er for p in own], mark, ms=3.5, label=label)
-                rows = [(p.model, p.id, p.ood, p.er, p.low, p.high) for p in own]
-                numbers += [(shift, label, *row) for row in rows]
-            axis.set(ylabel="ER, points")
-            axis.set_title(f"{shift}: R² of the line {line.r2:.3f}", fontsize=8)
-        handles = axes[0, 0].get_legend_handles_labels()
-        axes[0, 0].figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7)
-
-
-def modern(config, series=()):
-    """Real models before and after fine-tuning.  -> Testbed, {shift: Line}, studied_points
-
-    Zero-shot models are known on all of ImageNet's validation set; there every line stands. For
-    fine-tuned models the line of a shift's own classes, as in the 2020 testbed, is beside it.
-    """
-    columns = dict.fromkeys(("pair", "zero-shot", "fine-tuned", "by way of", "match"), str)
-    path = testbeds.FOLDER / "modern_pairs.csv"
-    pairs = [row for _, row in testbeds.read_csv(path, columns, unique=["fine-tuned"])]
-    bed = testbeds.read("modern")
-    own = {ood: at_home for ood, at_home in bed.id_of.items() if at_home != testbeds.HOME}
-    _, own_points = beside(config, replace(bed, name="modern, ID on the same classes", id_of=own))
+    pairs, bed = testbeds.read_table(testbeds.FOLDER / "modern_pairs.csv"), testbeds.read("modern")
     bed = replace(bed, id_of=dict.fromkeys(bed.id_of, testbeds.HOME))
-    lines, points = beside(config, bed)
-    print_pairs(pairs, points, own_points)
-    figure_modern(config, bed, lines, points, pairs, series)
-    say([describe_pairs(pairs, bed, line, points) for line in lines.values()])
-    return bed, lines, points
+    measurement = new_measurement(config, bed)
+    points = studied_points(measurement)
+    print_lines(measurement)
+    print_pairs(pairs, points)
+    say([describe_pairs(pairs, line, points) for line in measurement.lines.values()])
+    return measurement, points
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -851,7 +705,7 @@ def prepare(argv=None):
     clip, zero_shot = common.zero_shot(config, data)
     bits = "digits-quick.npz" if config.quick else "digits.npz"  # 24 or 40 models
     testbed = testbeds.read(common.EMBEDDED / "testbeds" / bits)
-    measurement = new_measurement(config, testbed, *in_memory(data, clip))
+    measurement = new_measurement(config, testbed, in_memory(data, clip))
     path, counts = Path(config.out) / "trajectories/testbed.csv", replace(testbed, right={})
     common.write_file(path, functools.partial(testbeds.write, counts))
     return config, data, clip, zero_shot, measurement
@@ -881,13 +735,8 @@ def main(argv=None):
     words = tuple(sys.argv[1:] if argv is None else argv)
     prepared.cache_clear()
     config, *_, measurement = prepared(words)
-    seeds = range(config.seed, config.seed + config.seeds)
-    settings = [replace(s, seed=seed) for seed in seeds for s in plan(config)]
-    settings.sort(key=lambda s: -s.epochs)  # longest first: none runs alone at the end
-    runs = common.in_processes(work, words, settings, config.jobs, config.device)
-    checkpoints = [c for of_run in runs for c in of_run]
-    bed, lines, redraws = measurement.testbed, measurement.lines, measurement.redraws
-    return report(config, bed, lines, checkpoints, redraws)
+    runs = common.in_processes(work, words, plan(config), config.jobs, config.device)
+    return report(config, measurement, [c for of_run in runs for c in of_run])
 
 
 if __name__ == "__main__":

@@ -25,23 +25,11 @@ The first half of this file, down to the double line, is the method and the opti
 nothing but torch: copy the file into another project and import AdamSPD there. If csrc/ is copied
 with it, large models use the compiled kernel, which gives the same weights up to rounding.
 
-Differs from the paper (P) or the authors' code (C):
-S1  The strength is spd_lambda and never weight_decay, as it is called in C: the values that people
-    use for AdamW, 0.01 to 0.1, are SPD switched off. weight_decay here is AdamW's, 0 unless given.
-S2  Anchors belong to parameters, not to groups: any iterable and the groups of timm and Hugging
-    Face work. New layers are anchored at their start, as C's manual says; "none" leaves them free.
-S3  Eq. 9 is computed without a difference of norms, which would lose a small r_t in fp32.
-S4  In P's Alg. 2 the condition accumulates: c_t = c_{t-1} - g_t . (theta_{t-1} - theta_0). In C,
-    and in Eq. 3 as three of its readers quote it, it is that of the step alone. Which of them P's
-    tables were run with is not known. condition="code" is the default: it is the one that has been
-    released, and it needs no history, so that a late gradient cannot be outvoted by early ones and
-    a run continued from weights alone is the same method. "paper" is Alg. 2's.
-S5  open_clip's towers have no drop-path. It is put in at their residual branches.
-S6  P leaves DomainNet's infograph out, and so does main.
-S7  P's recipe for ImageNet is not known; main has that of a run that its group published. Its
-    warm-up begins at 1e-6, ours at 0; its rate changes by epoch, ours by step.
-S8  ImageNet-A and -R have 200 classes. The group's published numbers choose among all 1000, ours
-    among the 200 as in the other scripts; a second table has theirs.
+Where the paper, the authors' code and this script part is marked at its line (grep Differs); the
+reasons stand in docs/differences.md: S1 the strength is spd_lambda, and weight_decay is AdamW's, S2
+anchors belong to parameters, new layers' too, S3 Eq. 9 without a difference of norms, S4 the
+condition of each step alone or, condition="paper", the sum of Alg. 2, S5 drop-path, S6 DomainNet
+without infograph, S7 ImageNet's recipe, S8 ImageNet-A and -R among their own classes.
 """
 
 import copy
@@ -78,7 +66,7 @@ def project(after, anchor, c, r, spd_lambda):
     The choice is made on the device: nothing waits for it, and weight 0 returns theta~_t exactly.
     """
     amount = torch.where(c < 0, spd_lambda * r, 0.0).to(after.dtype)
-    return torch.lerp(after, anchor.expand_as(after), amount)
+    return torch.lerp(after, anchor, amount)
 
 
 def squared_deviations(before, after, anchor):
@@ -117,7 +105,7 @@ def spd_step(params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps
     """
     lists = zip(params, anchors, grads, exp_avgs, exp_avg_sqs, strict=True)
     for i, (before, anchor, grad, exp_avg, exp_avg_sq) in enumerate(lists):
-        anchor = origin(before) if anchor is None else anchor
+        anchor = torch.zeros_like(before) if anchor is None else anchor
         after = adam(before, grad, exp_avg, exp_avg_sq, step, lr, betas, eps)
         c = condition(grad, before, anchor)
         s2, s3 = squared_deviations(before, after, anchor)
@@ -145,8 +133,9 @@ def spd_step_foreach(params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, be
     size = lr / (1 - betas[0] ** step)
     after = torch._foreach_addcdiv(params, exp_avgs, denominators, -size)
     del denominators
-    zero = anchors[0] is None
-    distances = params if zero else torch._foreach_sub(params, anchors)
+    if anchors[0] is None:
+        anchors = [torch.zeros_like(p) for p in params]
+    distances = torch._foreach_sub(params, anchors)
     updates = torch._foreach_sub(after, params)
     s1, s2 = dots(grads, distances), dots(distances, distances)
     s3 = dots(updates, torch._foreach_add(updates, distances, alpha=2))
@@ -154,19 +143,14 @@ def spd_step_foreach(params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, be
         sums.copy_(torch.stack([s1, s2, s3], 1))
     c = -s1 if conditions is None else conditions.sub_(s1)
     amount = torch.where(c < 0, spd_lambda * deviation_ratio(s2, s3), 0.0).to(params[0].dtype)
-    back = after if zero else torch._foreach_sub(after, anchors)
-    torch._foreach_sub_(after, torch._foreach_mul(back, list(amount.unbind())))
+    back = torch._foreach_mul(torch._foreach_sub(after, anchors), list(amount.unbind()))
+    torch._foreach_sub_(after, back)
     torch._foreach_copy_(params, after)
 
 
 def dots(a, b):
     """Sums of the products of two lists of tensors, added in fp64.  -> [T]"""
     return torch.stack([x.sum(dtype=torch.float64) for x in torch._foreach_mul(a, b)])
-
-
-def origin(weight):
-    """The zero anchor of a weight: one number, but for sharded weights, which need their layout."""
-    return torch.zeros_like(weight) if hasattr(weight, "placements") else weight.new_zeros(())
 
 
 def whole(sum_of_part):
@@ -185,6 +169,7 @@ class AdamSPD(torch.optim.Optimizer):
                  by design; `report` says what it did.
     anchor       theta_0. "pretrained": the weights at the moment when the group is added; the state
                  keeps them (4 bytes a parameter). "zero": the origin, for PEFT. "none": plain Adam.
+                 Differs (S2): each parameter has its own, new layers too, and any groups will do.
     condition    "code": of each step alone, as the authors' code; "paper": accumulated (S4).
     weight_decay AdamW's, towards 0, taken off before the step. 0 is SPD as published.
     master       fp16 and bf16 weights have a copy in fp32, and the steps change that one: otherwise
@@ -213,13 +198,12 @@ class AdamSPD(torch.optim.Optimizer):
 
     def _begin(self, param, group):
         """The state of a parameter whose pre-trained weights are those that it has now."""
-        state, numbers = {"step": 0}, {"dtype": torch.float64, "device": param.device}
+        state = {"step": 0}
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-        state["fired"] = torch.zeros(2, **numbers)  # number of projections, sum of their r_t
+        # c_t, in how many steps the parameter was projected, the sum of their r_t
+        state["history"] = torch.zeros(3, dtype=torch.float64, device=param.device)
         if group["anchor"] == "pretrained":
             state["anchor"] = param.detach().clone()
-        if group["condition"] == "paper":
-            state["condition"] = torch.zeros((), **numbers)
         return state
 
     @torch.no_grad()
@@ -227,13 +211,13 @@ class AdamSPD(torch.optim.Optimizer):
         """One step for every parameter that has a gradient; returns the closure's loss."""
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
-            together = {}  # tensors that one call can take
+            alike = {}  # parameters that one call can take
             for param in group["params"]:
                 if param.grad is not None and param.numel():
                     state = self._ready(param, group)
-                    key = param.device, param.dtype, "master" in state, state["step"]
-                    together.setdefault(key, []).append(param)
-            for params in together.values():
+                    key = param.device, param.dtype, state["step"]
+                    alike.setdefault(key, []).append(param)
+            for params in alike.values():
                 self._step(params, group)
         return loss
 
@@ -242,16 +226,17 @@ class AdamSPD(torch.optim.Optimizer):
         if "frozen" in self.state[param]:
             self.state[param] = self._begin(param, group)
         state = self.state[param]
-        if "step" not in state or (group["anchor"] == "pretrained" and "anchor" not in state):
-            raise ValueError("AdamSPD: the state was reset, and with it the anchors are lost")
-        if "anchor" in state and state["anchor"]._version:  # PyTorch counts what writes to it
-            raise ValueError("AdamSPD: something wrote to the anchors in the state, perhaps zeros")
-        if group["master"] and param.dtype in (torch.float16, torch.bfloat16):
-            state.setdefault("master", param.detach().float())
-        wide = state.get("master", param).dtype
-        for name in set(state) - {"step"}:  # the model may have moved
-            dtype = torch.float64 if name in ("condition", "fired") else wide
+        # PyTorch counts the writes to a tensor, such as those of a helper that zeroes a whole state
+        anchored = "anchor" in state and not state["anchor"]._version
+        if "step" not in state or (group["anchor"] == "pretrained" and not anchored):
+            raise ValueError("AdamSPD: the state was reset or overwritten; the anchors are lost")
+        half = param.dtype in (torch.float16, torch.bfloat16)
+        if half and group["master"] and "master" not in state:
+            state["master"] = param.detach().float()
+        dtype = state.get("master", param).dtype
+        for name in set(state) - {"step", "history"}:  # the model may have moved
             state[name] = state[name].to(param.device, dtype)
+        state["history"] = state["history"].to(param.device)
         return state
 
     def _step(self, params, group):
@@ -269,16 +254,17 @@ class AdamSPD(torch.optim.Optimizer):
                 weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
         if group["anchor"] == "none":
             group = group | {"spd_lambda": 0.0}
-        kept, conditions = [s["condition"] for s in states if "condition" in s], None
-        if group["condition"] == "paper":
-            conditions = torch.stack(kept)
+        history = [s["history"] for s in states]
+        c, count, ratios = torch.stack(history).unbind(1)
+        conditions = c.contiguous() if group["condition"] == "paper" else None
         sums = torch.zeros(len(params), 3, dtype=torch.float64, device=weights[0].device)
         moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         self.update((weights, anchors, grads, *moments), step, group, conditions, sums)
-        if conditions is not None:
-            torch._foreach_copy_(kept, list(conditions.unbind()))
-        counts = projections(-sums[:, 0] if conditions is None else conditions, sums)
-        torch._foreach_add_([s["fired"] for s in states], list(counts.unbind()))
+        c = -sums[:, 0] if conditions is None else conditions
+        r = deviation_ratio(sums[:, 1], sums[:, 2])
+        fired = (c < 0) & (r > 0)
+        now = torch.stack([c, count + fired, ratios + torch.where(fired, r, 0.0)], 1)
+        torch._foreach_copy_(history, list(now.unbind()))
         for state, param in zip(states, params, strict=True):
             state["step"] = step
             if "master" in state:
@@ -292,19 +278,18 @@ class AdamSPD(torch.optim.Optimizer):
     def report(self):
         """What the strength did until now, over all tensors with an anchor and all their steps:
         {"fired": share that was projected (c_t < 0 < r_t), "mean_r": mean r_t of those, "decay":
-        mean of lambda r_t over all}. fired 0: it was Adam. {} before the first step.
+        mean of lambda r_t over all}. fired 0: it was Adam.
 
         Counting costs a step no wait for the device; this call waits.
         """
         steps = fired = ratios = decay = 0.0
         for group in self.param_groups:
-            states = [self.state[p] for p in group["params"] if self.state[p].get("step")]
-            for state in states if group["anchor"] != "none" else ():
-                count, ratio = state["fired"].tolist()
-                steps, fired, ratios = steps + state["step"], fired + count, ratios + ratio
-                decay += group["spd_lambda"] * ratio
-        if not steps:
-            return {}
+            for state in (self.state[p] for p in group["params"]):
+                if group["anchor"] != "none" and state.get("step"):
+                    _, count, ratio = state["history"].tolist()
+                    steps, fired, ratios = steps + state["step"], fired + count, ratios + ratio
+                    decay += group["spd_lambda"] * ratio
+        steps = max(steps, 1)
         return {"fired": fired / steps, "mean_r": ratios / max(fired, 1), "decay": decay / steps}
 
     def load_state_dict(self, state_dict):
@@ -327,53 +312,43 @@ class AdamSPD(torch.optim.Optimizer):
                 kept["anchor"] = kept["anchor"].data
 
 
-def projections(c, sums):
-    """For `report`: whether a tensor was projected, 0 or 1, and its r_t if it was.  -> [T, 2]"""
-    r = deviation_ratio(sums[:, 1], sums[:, 2])
-    fired = (c < 0) & (r > 0)
-    return torch.stack([fired.double(), torch.where(fired, r, 0.0)], 1)
-
-
 def check_options(optimiser, group):
     """Raises ValueError for options of a group that cannot be meant, and warns of unlikely ones."""
-    options, problem = {**optimiser.defaults, **group}, ""
+    options = {**optimiser.defaults, **group}
     for name in set(group) - set(optimiser.defaults):  # timm and others add their own
-        near = difflib.get_close_matches(name, optimiser.defaults, 1, cutoff=0.85)
-        if near := ["spd_lambda"] if "lambda" in name else near:
-            problem = f"there is no option {name!r}; did you mean {near[0]!r}?"
+        if "lambda" in name or difflib.get_close_matches(name, optimiser.defaults, cutoff=0.85):
+            known = ", ".join(optimiser.defaults)
+            raise ValueError(f"AdamSPD: there is no option {name!r}; the options are {known}")
     choices = {"anchor": ("pretrained", "zero", "none"), "condition": ("code", "paper")}
     for name, known in choices.items():
         if options[name] not in known:
-            problem = f"{name} must be one of {known}, got {options[name]!r}"
+            raise ValueError(f"AdamSPD: {name} must be one of {known}, got {options[name]!r}")
     for name in ("lr", "eps", "spd_lambda", "weight_decay"):
         if not 0 <= options[name] < math.inf:
-            problem = f"{name} must be 0 or more and finite, got {options[name]}"
-    if problem:
-        raise ValueError(f"AdamSPD: {problem}")
-    if type(optimiser) is AdamSPD and 0 < options["spd_lambda"] <= 0.1:  # Differs (S1)
-        problem = f"spd_lambda {options['spd_lambda']} does next to nothing; it is no weight decay"
-    elif options["weight_decay"] >= 0.5:
-        problem = f"weight_decay {options['weight_decay']} pulls towards 0; SPD's is spd_lambda"
-    if problem:
-        warnings.warn(f"AdamSPD: {problem}: try spd_lambda 1", stacklevel=5)
+            value = options[name]
+            raise ValueError(f"AdamSPD: {name} must be 0 or more and finite, got {value}")
+    strength, decay = options["spd_lambda"], options["weight_decay"]
+    if (type(optimiser) is AdamSPD and 0 < strength <= 0.1) or decay >= 0.5:  # Differs (S1)
+        ours = f"SPD's strength is spd_lambda, here {strength}: try 1; 0.1 does next to nothing"
+        warnings.warn(f"AdamSPD: {ours}; weight_decay, here {decay}, pulls to 0", stacklevel=5)
 
 
 def fastest(tensors, group):
     """What makes the step of these lists: the kernel, `spd_step_foreach` or `spd_step`."""
     fused, foreach, weights = group["fused"], group["foreach"], tensors[0]
     device, dtype = weights[0].device.type, weights[0].dtype
-    sharded = any(hasattr(weight, "placements") for weight in weights)
-    plain = dtype in (torch.float32, torch.float64) and not sharded
-    if plain and fused is not False and not foreach:
+    plain = not any(hasattr(weight, "placements") for weight in weights)  # not sharded
+    if plain and dtype == torch.float32 and fused is not False and not foreach:
         contiguous = all(t.is_contiguous() for column in tensors for t in column if t is not None)
         large = fused or sum(w.numel() for w in weights) >= 1_000_000
         kernels = compiled() if contiguous and large else None
-        if kernels and device in kernels.devices and (device == "cpu" or dtype == torch.float32):
+        if kernels and device in kernels.devices:
             return kernels.spd_step
     if fused:
         raise ValueError("AdamSPD: fused=True needs csrc/, a compiler and contiguous fp32 weights")
-    if plain and (foreach or (foreach is None and device == "cuda")):
-        return spd_step_foreach
+    if foreach or (foreach is None and device == "cuda"):
+        if plain and dtype in (torch.float32, torch.float64):
+            return spd_step_foreach
     return spd_step
 
 
@@ -423,7 +398,7 @@ def pull(after, anchor, amount):
     """Eq. (2), decoupled L2-SP: theta_t = theta~_t - amount (theta~_t - theta_0), amount = lr
     lambda. Unconditional, and the same for every layer.  [...] -> [...]
     """
-    return torch.lerp(after, anchor.expand_as(after), amount)
+    return torch.lerp(after, anchor, amount)
 
 
 class AdamL2SP(AdamSPD):
@@ -432,7 +407,6 @@ class AdamL2SP(AdamSPD):
     def update(self, tensors, step, group, conditions, sums):
         lr, adam_options = float(group["lr"]), (group["betas"], group["eps"])
         for before, anchor, *rest in zip(*tensors, strict=True):
-            anchor = origin(before) if anchor is None else anchor
             after = adam(before, *rest, step, lr, *adam_options)
             before.copy_(pull(after, anchor, lr * group["spd_lambda"]))
 
@@ -447,31 +421,25 @@ CONDITIONS = {"Adam-SPD": "code", "Adam-SPD (sum)": "paper"}  # of the rows that
 PRESETS = {
     # as vrf.py's, where the rates come from, with fewer epochs and no mixing of digits
     "digits": dict(epochs=5, batch=64, lr=2e-4, warmup=24, mixup=0.0, cutmix=0.0, drop_path=0.0),
-    # the group's vanilla run (S7): 5 epochs of warm-up, the rate ends at 1e-5, nothing is clipped
+    # Differs (S7): the group's vanilla run; 5 epochs of warm-up, to a rate of 1e-5, nothing clipped
     "imagenet": dict(warmup=12_260, lr_end=0.5, clip=0.0, augment="deit"),
 }
 
 
+# Defaults of common.Run: ViT-B-16 (the paper says CLIP ViT-Base), batches of 512 (the group's on
+# ImageNet, 2 x 256), weight decay 0.1 (listed for all runs; here of AdamW alone), and, ours, 500
+# steps of warm-up and gradients of norm 1 at most.
 @dataclass
 class Config(common.Run):
-    data: str = common.arg("digits", "digits; folder: ImageNet, CIFAR-10, DomainNet, train/ val/")
-    model: str = common.arg("ViT-B-16", "open_clip architecture; the paper says CLIP ViT-Base")
     methods: str = common.arg("AdamW,L2-SP,Adam-SPD", "what to train, comma-separated")
     spd_lambda: str = common.arg("0.25,0.5,1,2", "strengths of Adam-SPD; Tab. 1 has 1")
     l2sp: str = common.arg("10,30,100", "strengths of L2-SP; ours")
-    condition: str = common.arg(
-        "code", "code: of each step alone; paper: their sum (S4)", "code paper both"
-    )
-    head: str = common.arg("pretrained", "anchor of the classifier (S2)", "pretrained none")
+    condition: str = common.arg("code", "paper: summed over the steps (S4)", "code paper both")
     epochs: int = common.arg(30, "DomainNet, Tab. 2, and ImageNet; 60 in Tab. 1", least=1)
-    batch: int = common.arg(512, "the group's on ImageNet, 2 x 256", least=1)
     lr: float = common.arg(2e-5, "DomainNet and ImageNet")
     lr_end: float = common.arg(0.0, "share of the rate that the cosine ends at", most=1)
-    weight_decay: float = common.arg(0.1, "of AdamW alone; listed for all runs")
-    warmup: int = common.arg(500, "steps of linear warm-up; ours, of ImageNet the group's")
-    clip: float = common.arg(1.0, "largest gradient norm; ours")
     smoothing: float = common.arg(0.1, "label smoothing, all runs", most=1)
-    mixup: float = common.arg(0.8, "all runs; needs an even batch")
+    mixup: float = common.arg(0.8, "all runs")
     cutmix: float = common.arg(1.0, "all runs")
     drop_path: float = common.arg(0.2, "all runs (S5)", most=1)
     augment: str = common.arg("crop", "deit: RandAugment, too (S7)", "crop deit")
@@ -480,14 +448,6 @@ class Config(common.Run):
 
 
 # --- train / prepare ------------------------------------------------------------------------------
-
-
-def open_data(config):
-    """common's, without DomainNet's infograph, which the paper leaves out. Differs (S6)."""
-    data = common.open_data(config.data, config.val_fraction, config.selection, config.seed)
-    data.shifts = [s for s in data.shifts if (data.kind, s.name) != ("domainnet", "Infograph")]
-    data.missing = [name for name in data.missing if not name.startswith("infograph")]
-    return data
 
 
 def recipes(config):
@@ -507,45 +467,41 @@ def optimiser_of(config, method, strength, model):
     """The optimiser of a recipe for a Classifier."""
     if method == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    groups = param_groups(model, {"head.": {"anchor": "none"}} if config.head == "none" else {})
+    options = {"lr": config.lr, "spd_lambda": strength}
     if method == "L2-SP":
-        return AdamL2SP(groups, lr=config.lr, spd_lambda=strength)
-    return AdamSPD(groups, lr=config.lr, spd_lambda=strength, condition=CONDITIONS[method])
+        return AdamL2SP(model.parameters(), **options)
+    return AdamSPD(model.parameters(), condition=CONDITIONS[method], **options)
 
 
 def train(config, name, data, clip, start, make_optimiser, key):
     """The fine-tuned copy of Classifier `start`, as it was after the epoch of highest accuracy on
-    ID val (Sec. 4), of equals the first. make_optimiser: model -> optimiser; key: what else shapes
-    the run. The best model so far is kept beside the checkpoint, so that a run can continue.
+    ID val (Sec. 4), of equals the first; {"val": that accuracy, and `AdamSPD.report` of the whole
+    training}. make_optimiser: model -> optimiser; key: what else shapes the run. The best model so
+    far is kept beside the checkpoint, so that a run can continue.
     """
-    return train_and_report(config, name, data, clip, start, make_optimiser, key)[0]
-
-
-def train_and_report(config, name, data, clip, start, make_optimiser, key):
-    """`train`'s model, and what its AdamSPD did in the whole training (`AdamSPD.report`)."""
     model = copy.deepcopy(start)
     add_drop_path(model.visual, config.drop_path)
     optimiser = make_optimiser(model)
     training = training_of(config, name, model, data, clip, optimiser, key)
     key = [training.path.name, common.fingerprint(data.val)]
     path = common.cache_path(config, f"best {name}", key)
-    best = (common.read_cache(path) if config.resume else None) or {"accuracy": -1.0}
+    best = (common.read_cache(path) if config.resume else None) or {"val": -1.0}
     for done in common.train_steps(config, training):
         if done == 0 or done % training.per_epoch:
             continue
         found = common.forward_all(config, {"": model}, data.val, clip)[""]
         accuracy = common.accuracy(found["logits"], found["labels"])
-        if accuracy > best["accuracy"]:
+        if accuracy > best["val"]:
             state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            best = {"accuracy": accuracy, "epoch": done // training.per_epoch, "model": state}
+            best = {"val": accuracy, "epoch": done // training.per_epoch, "model": state}
         best["report"] = getattr(optimiser, "report", dict)()  # AdamW has none
         common.write_file(path, functools.partial(torch.save, best))
     if "model" not in best:
         raise common.InputError(f"{path} is gone; run again with --no-resume")
     model.load_state_dict(best["model"])
-    share = f"{100 * best['accuracy']:.1f} % on ID val"
+    share = f"{100 * best['val']:.1f} % on ID val"
     print(f"{training.name}: {share} after epoch {best['epoch']} of {config.epochs}")
-    return model.eval(), best["report"]
+    return model.eval(), {"val": best["val"], **best["report"]}
 
 
 def training_of(config, name, model, data, clip, optimiser, key):
@@ -557,7 +513,7 @@ def training_of(config, name, model, data, clip, optimiser, key):
         if mix:
             torch.set_rng_state(common.broadcast(torch.get_rng_state()))  # one draw for all ranks
             mixed, targets = mix(mixed, targets)
-        logits = common.gather(model(common.local_rows(mixed, images))[1])
+        logits = common.gather(model(common.shard(mixed))[1])
         return F.cross_entropy(logits, targets, label_smoothing=config.smoothing)
 
     fields = "smoothing", "mixup", "cutmix", "drop_path", "augment", "lr_end"
@@ -565,15 +521,8 @@ def training_of(config, name, model, data, clip, optimiser, key):
     if config.augment == "deit":
         clip = replace(clip, augment=augmentation(clip))
     training = common.image_training(config, name, model, data.train, clip, loss_fn, optimiser, key)
-    if config.lr_end:
-        training.schedule = functools.partial(schedule, config.lr_end)
+    training.schedule = functools.partial(common.warmup_cosine, end=config.lr_end)
     return training
-
-
-def schedule(end, step, warmup, steps):
-    """common's factor on the rate, but that the cosine ends at `end`. Differs (S7)."""
-    factor = common.warmup_cosine(step, warmup, steps)
-    return factor if step < warmup else end + (1 - end) * factor
 
 
 def mixing(config, classes):
@@ -629,66 +578,50 @@ def add_drop_path(visual, rate):
 
 
 def evaluate(config, data, clip, start, model, name, **numbers):
-    """The Row of a model, with its accuracy on ID val and its deviation ||theta_T - theta_0||.
+    """The Row of a model; to its numbers comes its deviation ||theta_T - theta_0||.
 
-    `right` is among a set's own classes, as ImageNet-A and -R have 200; tensors["all classes"] has
-    the same among all that the model knows, as the group's published numbers. Differs (S8).
+    Differs (S8): ImageNet-A and -R are classified among their own 200 classes, as everywhere here.
     """
-    right, among_all = {}, {}
-    splits = {"val": data.val} | {s.name: s for s in (data.test, *data.shifts)}
-    for split_name, split in splits.items():
-        whole = replace(split, groups=None) if split.groups else split
-        found = common.predict(config, {"": model}, whole, clip)[""]
-        own = common.project(found.logits, split.groups).argmax(1)
-        right[split_name] = own == found.labels
-        among_all[split_name] = right_among_all(found.logits, found.labels, split.groups)
-    numbers["val"] = right.pop("val").double().mean().item()
-    del among_all["val"]
+    right = {}
+    for split in (data.test, *data.shifts):
+        right[split.name] = common.predict(config, {"": model}, split, clip)[""].right
     pairs = zip(model.parameters(), start.parameters(), strict=True)
     squares = [(p - q.to(p.device)).double().square().sum().item() for p, q in pairs]
     numbers["deviation"] = math.sqrt(sum(squares))
-    tensors = {"all classes": among_all}
-    return common.Row(name, config.seed, right, ours=True, numbers=numbers, tensors=tensors)
-
-
-def right_among_all(logits, labels, groups):
-    """Whether the largest of all logits is of the label's group.  [N, C], [N] -> bool [N]"""
-    own = torch.arange(logits.shape[1]) if groups is None else torch.full((logits.shape[1],), -1)
-    for i, ids in enumerate(groups or ()):
-        own[ids] = i
-    return own[logits.argmax(1)] == labels
+    return common.Row(name, config.seed, right, ours=True, numbers=numbers)
 
 
 def by_val(rows):
     """For every method and run the row whose strength is best on ID val, of equals the first."""
+    runs = {}
+    for row in rows:
+        if row.numbers["strength"]:
+            runs.setdefault((row.numbers["family"], row.seed), []).append(row)
     chosen = []
-    for method in ("L2-SP", *CONDITIONS):
-        for seed in dict.fromkeys(r.seed for r in rows):
-            own = [r for r in rows if r.numbers["family"] == method and r.seed == seed]
-            if own:
-                best = max(own, key=lambda r: r.numbers["val"])
-                choice = best.numbers["strength"]
-                chosen.append(replace(best, method=f"{method}, by ID val", choice=choice))
+    for (family, _), own in runs.items():
+        best = max(own, key=lambda r: r.numbers["val"])
+        choice = best.numbers["strength"]
+        chosen.append(replace(best, method=f"{family}, by ID val", choice=choice))
     return chosen
 
 
-def print_table(config, rows, among=""):
+def print_table(config, rows):
     """Accuracies of all runs, then of the strengths that ID val chose; the deviation; and what
     AdamSPD reports.
     """
+    forms = {"deviation": "{:.2f}", "fired": "{:.0%}", "mean_r": "{:.4f}", "decay": "{:.4f}"}
     lines = []
     for method in dict.fromkeys(r.method for r in rows):
         own = [r for r in rows if r.method == method]
         mean = common.accuracies(own, method)
         line = [f"{x:.1f}" for x in (*mean.values(), common.mean_shift(mean))]
-        line.append(f"{fmean(r.numbers['deviation'] for r in own):.2f}")
-        for name, form in {"fired": "{:.0%}", "mean_r": "{:.4f}", "decay": "{:.4f}"}.items():
+        for name, form in forms.items():
             found = [r.numbers[name] for r in own if name in r.numbers]
             line.append(form.format(fmean(found)) if found else "")
         line.append(" ".join(dict.fromkeys(f"{r.choice:g}" for r in own if r.choice)))
         lines.append([method, *line])
     runs = f"mean of {config.seeds} run{'s' * (config.seeds > 1)}"
-    title = f"accuracy in %{among}, {runs}; deviation ||theta_T - theta_0||; strength by ID val"
+    title = f"accuracy in %, {runs}; deviation ||theta_T - theta_0||; strength by ID val"
     header = ["method", *rows[0].right, "avg shift", "deviation", "fired", "mean r", "decay"]
     print("\n" + common.table([*header, "chosen"], lines, title))
 
@@ -733,7 +666,7 @@ def print_gains(rows):
 @functools.cache  # once in every process of common.in_processes
 def prepared(argv):
     """Command line -> config, data, Clip, zero-shot Classifier."""
-    config, data = common.setup(Config, argv, __doc__, PRESETS, open_data)
+    config, data = common.setup(Config, argv, __doc__, PRESETS)
     recipes(config)  # refuses what it does not know, before any work
     return config, data, *common.zero_shot(config, data)
 
@@ -741,12 +674,12 @@ def prepared(argv):
 def one_run(argv, run):
     """Row of a method in one run: trained, unless it is zero-shot, and evaluated."""
     (name, seed), (config, data, clip, zero_shot) = run, prepared(argv)
-    config, model, report = replace(config, seed=seed), zero_shot, {}
+    config, model, found = replace(config, seed=seed), zero_shot, {}
     method, strength = recipes(config).get(name, ("Zero-shot", None))
     if method != "Zero-shot":
-        make, key = functools.partial(optimiser_of, config, method, strength), {"method": name}
-        model, report = train_and_report(config, name, data, clip, zero_shot, make, key)
-    numbers = {"family": method, "strength": strength, **report}
+        make = functools.partial(optimiser_of, config, method, strength)
+        model, found = train(config, name, data, clip, zero_shot, make, {"method": name})
+    numbers = {"family": method, "strength": strength, **found}
     return evaluate(config, data, clip, zero_shot, model, name, **numbers)
 
 
@@ -760,9 +693,6 @@ def main(argv=None):
     rows += by_val(rows)
     common.write_results(config, zero_shot.head.weight.device, rows)
     print_table(config, rows)
-    if any(s.groups for s in data.shifts):
-        among_all = [replace(r, right=r.tensors["all classes"]) for r in rows]
-        print_table(config, among_all, " among all classes (S8)")
     if data.shifts:
         figure(config, [r for r in rows if r.choice is None])
         print_gains(rows)

@@ -14,7 +14,7 @@ is trained for it.
               Eq. 4   k-th neighbour distance   knn_kth_distance   (k: neighbours)
               Eq. 5   sample-wise ensemble      vrf
               Eq. 6   weight of FT              weight
-              Alg. 1  all of it in order        algorithm_1
+              Alg. 1  from V to the answers     algorithm_1
     4.2, 5.3, App. B  ablations, Eqs. 11-15     lab/vrf_ablations.py
 
     python vrf.py                   # embedded digits, 1.5 minutes; VRF: ID 94, mean shift 78
@@ -22,9 +22,9 @@ is trained for it.
 
 Where the paper, the authors' code and this script part is marked at its line (grep Differs, also in
 common.py), and the reasons stand in docs/differences.md: A1 distance squared, A2 features
-normalised, A4 k, A6 temperatures (A7: so OSE of the calibrated models stands beside plain OSE), A9
-search of (a, b), one pair for each fine-tuned model (A14), A10 ID val a held-out part of train,
-A11 first of equals, A15 batch of LP-FT, A16 ObjectNet's border.
+normalised, A4 k, A6 temperatures (which OSE has not, A7), A9 search of (a, b), one pair for each
+fine-tuned model (A14), A10 ID val a held-out part of train, A11 first of equals, A15 batch of
+LP-FT, A16 ObjectNet's border.
 """
 
 import copy
@@ -86,11 +86,13 @@ def wse(theta_zs, theta_ft, alpha):
     return {**theta_ft, **mix}
 
 
-def failures(predicted_zs, predicted_ft, labels):
-    """Which samples are in V of Eq. (3): y_i = pred_ft(x_i) and y_i != pred_zs(x_i). V itself holds
-    their features.  3 x [N] -> bool [N]
+def failures(features, predicted_zs, predicted_ft, labels):
+    """Eq. (3): V = {v_i : y_i = pred_ft(x_i) and y_i != pred_zs(x_i)}, v_i the features that FT has
+    of training sample x_i, scaled to length 1.  [N, D], 3 x [N] -> [M, D]
     """
-    return (labels == predicted_ft) & (labels != predicted_zs)
+    failed = (labels == predicted_ft) & (labels != predicted_zs)
+    # Differs (A2): Eq. 3 stores raw features; the authors' code normalises before the search
+    return F.normalize(features[failed], dim=1)
 
 
 def neighbours(n_failures, n_train, rule="paper", p=0.001):
@@ -137,18 +139,6 @@ def weight(d, a, b):
 
 
 @dataclass
-class ZeroShotErrors:
-    """The W training samples that ZS gets wrong; no other can be in V, so no other is kept."""
-
-    index: torch.Tensor  # [W], which samples they are
-    labels: torch.Tensor  # [W]
-    predicted_zs: torch.Tensor  # [W]
-    predicted_ft: torch.Tensor  # [W]
-    features: torch.Tensor  # [W, D], FT's
-    n_train: int  # |D|, of how many training samples
-
-
-@dataclass
 class Samples:
     """N images of ID val or of a test set, as the two models see them."""
 
@@ -162,24 +152,19 @@ class Samples:
 class Outcome:
     """What Algorithm 1 arrives at."""
 
-    V: torch.Tensor  # [M, D], the failures' features, of length 1
-    k: int
     ab: tuple  # (a, b)
     d: dict  # {split: [N]}, of ID val, too
     p_vrf: dict  # {test set: P_vrf [N, C]}
 
 
-def algorithm_1(errors, val, tests, grid, k_rule="paper", p=0.001, power=2, knn=knn_kth_distance):
+def algorithm_1(V, k, val, tests, grid, power=2, knn=knn_kth_distance):
     """Algorithm 1, and in its offline half the choice of (a, b) from `grid` by ID val (Sec. 5.1).
 
-    errors: ZeroShotErrors. val: Samples. tests: {name: Samples}. d is Eq. (4)'s distance raised to
-    `power`: 1 in the paper's formula, 2 in its code. knn: knn_kth_distance or its kernel.
+    V: `failures` of the training set (see failure_sets). k: `neighbours`. val: Samples. tests:
+    {name: Samples}. d is Eq. (4)'s distance raised to `power`: 1 in the paper's formula, 2 in its
+    code. knn: knn_kth_distance or its kernel.
     """
-    # Offline: the failure set V, k, and the (a, b) that is most accurate on ID val.
-    # Differs (A2): Eq. 3 stores raw features; the authors' code normalises before the search
-    V = errors.features[failures(errors.predicted_zs, errors.predicted_ft, errors.labels)]
-    V = F.normalize(V, dim=1)
-    k = neighbours(len(V), errors.n_train, k_rule, p)
+    # Offline, once V is known: the (a, b) that is most accurate on ID val.
     # Differs (A1): the paper writes the plain distance, power 1, but the distances and the a that
     # it prints fit the squared one, which its code uses
     d = {"val": knn(val.v, V, k) ** power}
@@ -194,7 +179,7 @@ def algorithm_1(errors, val, tests, grid, k_rule="paper", p=0.001, power=2, knn=
         d[name] = knn(x.v, V, k) ** power  # Eq. 4
         w = weight(d[name], a, b)  # Eq. 6
         p_vrf[name] = vrf(x.p_zs, x.p_ft, w)  # Eq. 5
-    return Outcome(V, k, (a, b), d, p_vrf)
+    return Outcome((a, b), d, p_vrf)
 
 
 # --- train / prepare ------------------------------------------------------------------------------
@@ -202,53 +187,44 @@ def algorithm_1(errors, val, tests, grid, k_rule="paper", p=0.001, power=2, knn=
 
 def train_models(config, data, clip, zero_shot, seed):
     """{name: Classifier} of ZS and --methods; of ZS and "Fine-tuned" with --finetuned."""
+    models = {"ZS": zero_shot}
     if config.finetuned:
-        path, trust = config.finetuned, config.trust_checkpoint
-        tuned = common.load_finetuned(path, trust, data, clip, zero_shot)
-        return {"ZS": zero_shot, "Fine-tuned": tuned}
-    models, wanted = {"ZS": zero_shot}, common.choose(config.methods, FINE_TUNINGS, "--methods")
-
-    def add(name, start, loop, lr):
-        models[name] = copy.deepcopy(start)
-        recipe = dataclasses.replace(config, lr=lr, seed=seed)
-        loop(recipe, name, models[name], data.train, clip)
-
-    if "LC" in wanted or "LP-FT" in wanted:
-        add("LC", zero_shot, common.linear_probe, config.lr_lc)
-    if "E2E-FT" in wanted:
-        add("E2E-FT", zero_shot, common.fine_tune, config.lr)
-    if "LP-FT" in wanted:
-        add("LP-FT", models["LC"], common.fine_tune, config.lr_lpft)
+        given = config.finetuned, config.trust_checkpoint
+        models["Fine-tuned"] = common.load_finetuned(*given, data, clip, zero_shot)
+        return models
+    wanted = common.choose(config.methods, FINE_TUNINGS, "--methods")
+    for name, start, train, lr in (
+        ("LC", "ZS", common.linear_probe, config.lr_lc),
+        ("E2E-FT", "ZS", common.fine_tune, config.lr),
+        ("LP-FT", "LC", common.fine_tune, config.lr_lpft),
+    ):
+        if name in wanted or (name == "LC" and "LP-FT" in wanted):
+            models[name] = copy.deepcopy(models[start])
+            recipe = dataclasses.replace(config, lr=lr, seed=seed)
+            train(recipe, name, models[name], data.train, clip)
     return {name: models[name] for name in ["ZS", *wanted]}
 
 
-def zero_shot_errors(config, data, clip, models):
-    """{FT name: ZeroShotErrors} of the models that get ensemble rows, by one pass over train for
-    all of them, under the transform of the test images; kept in the cache.
+def failure_sets(config, data, clip, models):
+    """{FT name: V} of the models that get ensemble rows. One pass over train serves them all, under
+    the transform of the test images; the cache keeps what it finds.
     """
     wanted = "Fine-tuned", *common.choose(config.ensemble, FINE_TUNINGS, "--ensemble")
     tuned = [name for name in models if name in wanted]
     used = {name: models[name] for name in ["ZS", *tuned]}
 
-    def compute():  # without logits, which are 5 GB a model for ImageNet
-        parts, n_train = {name: [] for name in tuned}, 0
-        for index, labels, out in common.forward(config, used, data.train, clip):
+    def compute():  # batch by batch: all logits would be 5 GB a model for ImageNet
+        parts = {name: [] for name in tuned}
+        for _, labels, out in common.forward(config, used, data.train, clip):
             predicted_zs = out["ZS"][1].argmax(1)
-            wrong, n_train = predicted_zs != labels, n_train + len(labels)
             for name in tuned:
                 features, logits = out[name]
-                columns = index, labels, predicted_zs, logits.argmax(1), features
-                parts[name].append([column[wrong] for column in columns])
-        errors = {}
-        for name in tuned:
-            columns = [torch.cat(column) for column in zip(*parts[name], strict=True)]
-            errors[name] = [*columns, n_train]
-        return errors
+                parts[name].append(failures(features, predicted_zs, logits.argmax(1), labels))
+        return {name: torch.cat(part) for name, part in parts.items()}
 
     key = [{name: model.state_dict() for name, model in used.items()}, clip.key, config.precision]
     key += [common.fingerprint(data.train), config.skip_bad_images]
-    errors = common.cached(config, "zero-shot-errors", key, compute) if tuned else {}
-    return {name: ZeroShotErrors(*fields) for name, fields in errors.items()}
+    return common.cached(config, "failures", key, compute) if tuned else {}
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -289,13 +265,12 @@ def fast_knn(device, queries, reference, k):
     return common.gather(d).cpu()
 
 
-def run_algorithm_1(config, errors, sets):
+def run_algorithm_1(config, V, k, sets):
     """Outcome of algorithm_1 with the settings of config; {split: Samples} has ID val, too."""
     tests = {split: x for split, x in sets.items() if split != "val"}
     power = 2 if config.distance == "code" else 1
     knn = functools.partial(fast_knn, common.pick_device(config.device))
-    grid = ab_grid(config)
-    return algorithm_1(errors, sets["val"], tests, grid, config.k_rule, config.p, power, knn)
+    return algorithm_1(V, k, sets["val"], tests, ab_grid(config), power, knn)
 
 
 def ab_grid(config):
@@ -330,60 +305,59 @@ def wse_row(config, data, clip, models, name, seed):
     return common.Row(f"{name} +WSE", seed, right, alpha)
 
 
-def ose_row(method, seed, sets, alphas=ALPHAS, ours=False):
+def ose_row(method, seed, sets):
     """Row of OSE on {split: Samples}, its alpha by ID val."""
     val = sets["val"]
-    alpha = max(alphas, key=lambda x: common.accuracy(ose(val.p_zs, val.p_ft, x), val.labels))
-    mixed = {s: ose(x.p_zs, x.p_ft, alpha) for s, x in sets.items() if s != "val"}
-    return common.Row(method, seed, right_images(mixed, sets), alpha, ours)
+    alpha = max(ALPHAS, key=lambda x: common.accuracy(ose(val.p_zs, val.p_ft, x), val.labels))
+    return row_of(method, seed, ose_scores(sets, alpha), sets, alpha)
 
 
-def right_images(scores, sets):
-    """Which images are classified right, {split: bool [N]}, of {split: scores [N, C]}."""
-    return {s: x.argmax(1) == sets[s].labels for s, x in scores.items()}
+def ose_scores(sets, alpha):
+    """{test set: P_ose [N, C]} of {split: Samples}."""
+    return {s: ose(x.p_zs, x.p_ft, alpha) for s, x in sets.items() if s != "val"}
+
+
+def row_of(method, seed, scores, sets, choice=None):
+    """Row of {test set: scores [N, C]}; {split: Samples} has the labels."""
+    right = {s: x.argmax(1) == sets[s].labels for s, x in scores.items()}
+    return common.Row(method, seed, right, choice)
 
 
 def evaluate(config, data, clip, models, seed):
     """The rows of one seed, and for each FT model with ensemble rows a tuple (raw, calibrated,
     Outcome): {split: Samples} without temperatures, the same with them, and Algorithm 1's result.
     """
-    errors = zero_shot_errors(config, data, clip, models)
+    failures_of, n_train = failure_sets(config, data, clip, models), len(data.train.labels)
     predictions = predict_sets(config, data, clip, models)
     T, rows, studies = fit_temperatures(config, predictions["val"]), [], {}
     for name in models:
         alone = {s: of[name].right for s, of in predictions.items() if s != "val"}
         rows.append(common.Row("Zero-shot" if name == "ZS" else name, seed, alone))
-        if name not in errors:
+        if name not in failures_of:
             continue
+        V = failures_of[name]
+        k = neighbours(len(V), n_train, config.k_rule, config.p)
         raw = samples_of(predictions, name)
+        # Differs (A7): the paper does not say whether OSE has temperatures, too; its code has none
         calibrated = samples_of(predictions, name, T["ZS"], T[name])
-        outcome = run_algorithm_1(config, errors[name], calibrated)
+        outcome = run_algorithm_1(config, V, k, calibrated)
         studies[name] = raw, calibrated, outcome
         rows.append(wse_row(config, data, clip, models, name, seed))
         rows.append(ose_row(f"{name} +OSE", seed, raw))
-        right = right_images(outcome.p_vrf, calibrated)
-        rows.append(common.Row(f"{name} +VRF", seed, right, outcome.ab))
-        # Differs (A7): without these two nobody could tell the weight's gain from the temperature's
-        control = f"{name} +OSE calibrated"
-        rows.append(ose_row(control, seed, calibrated, ours=True))
-        rows.append(ose_row(f"{control}, alpha 1/2", seed, calibrated, [0.5], ours=True))
-        sizes = f"|V| = {len(outcome.V)} of {errors[name].n_train}, k = {outcome.k}"
+        rows.append(row_of(f"{name} +VRF", seed, outcome.p_vrf, calibrated, outcome.ab))
         fitted = f"ZS {T['ZS']:.2f}, {name} {T[name]:.2f}"
-        print(f"{name}, seed {seed}: {sizes}, temperatures: {fitted}")
-        if len(outcome.V) == 0:
+        print(f"{name}, seed {seed}: |V| = {len(V)} of {n_train}, k = {k}, temperatures: {fitted}")
+        if len(V) == 0:
             print(f"{name}: ZS fails on no training sample that FT gets right; VRF is zero-shot")
     return rows, studies
 
 
 def print_tables(config, data, rows):
-    """The table in the paper's form, the rows that the paper lacks, and the paper's numbers."""
+    """The table in the paper's form, and the paper's numbers."""
     runs = f"mean of {config.seeds} fine-tuning run{'s' * (config.seeds > 1)}"
     where = "the reported ID set (A10)" if config.selection == "code" else "ID val"
     title = f"accuracy in %, {runs}; alpha, a/b chosen on {where}"
-    print("\n" + common.accuracy_table([r for r in rows if not r.ours], title))
-    if controls := [r for r in rows if r.ours]:
-        title = "not in the paper: OSE of the models with VRF's temperatures (A7)"
-        print("\n" + common.accuracy_table(controls, title))
+    print("\n" + common.accuracy_table(rows, title))
     for block in json.loads((common.EMBEDDED / "vrf_paper.json").read_text())["tables"]:
         if (config.model, data.kind) == (block["model"], block["kind"]):
             print("\n" + common.table(block["columns"], block["rows"], f"paper, {block['table']}"))
@@ -392,23 +366,24 @@ def print_tables(config, data, rows):
 
 def figure(config, name, raw, calibrated, outcome):
     """Fig. 1a of one seed: OSE's curves over alpha, and VRF's point."""
-    vrf_row = common.Row("VRF", 0, right_images(outcome.p_vrf, calibrated))
-    curves = {
-        "VRF": [vrf_row],
-        "OSE raw": [ose_row("OSE raw", 0, raw, [alpha]) for alpha in ALPHAS],
-        "OSE calibrated": [ose_row("OSE calibrated", 0, calibrated, [alpha]) for alpha in ALPHAS],
-    }
+
+    def point(scores):
+        """(accuracy on ID, mean under shift) in %, of {split: scores [N, C]}."""
+        share = {s: 100 * common.accuracy(x, raw[s].labels) for s, x in scores.items()}
+        return share[common.ID], common.mean_shift(share)
+
+    curves = {"VRF": [point(outcome.p_vrf)]}
+    for series, sets in (("OSE raw", raw), ("OSE calibrated", calibrated)):
+        curves[series] = [point(ose_scores(sets, alpha)) for alpha in ALPHAS]
     with common.figure(f"{config.out}/figures/vrf", ["series", "x", "y"]) as (axes, numbers):
         axis = axes[0, 0]
-        for series, rows in curves.items():
-            accuracies = [common.accuracies([row], series) for row in rows]
-            x = [of_split[common.ID] for of_split in accuracies]
-            y = [common.mean_shift(of_split) for of_split in accuracies]
+        for series, points in curves.items():
+            x, y = zip(*points, strict=True)
             axis.plot(x, y, "D" if series == "VRF" else "o-", ms=4, label=series)
-            numbers += [(series, *point) for point in zip(x, y, strict=True)]
+            numbers += [(series, *point) for point in points]
         # the ends of the last curve, which are those of every curve
-        axis.annotate("zero-shot", (x[0], y[0]), (0, -12), textcoords="offset points")
-        axis.annotate("fine-tuned", (x[-1], y[-1]), (-50, -4), textcoords="offset points")
+        axis.annotate("zero-shot", points[0], (0, -12), textcoords="offset points")
+        axis.annotate("fine-tuned", points[-1], (-50, -4), textcoords="offset points")
         axis.set(xlabel="ID accuracy, %", ylabel="mean accuracy under shift, %")
         axis.set_title(f"zero-shot and {name}, mixed")
         axis.legend(loc="center left")
@@ -416,20 +391,17 @@ def figure(config, name, raw, calibrated, outcome):
 
 def summary(rows, name):
     """What the table shows in three points, computed from it, of one fine-tuning."""
-    zs, ft = common.accuracies(rows, "Zero-shot"), common.accuracies(rows, name)
-    on_id = ft[common.ID] - zs[common.ID]
-    shift = common.mean_shift(ft) - common.mean_shift(zs)
-    gained = f"{on_id:+.1f} points, the mean under shift by {shift:+.1f}"
-    print(f"\n1. {name} moves ID accuracy by {gained}.")
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
-    id_gain, shift_gain = common.gain(rows, f"{name} +VRF", f"{name} +OSE")
-    print(f"2. VRF less OSE, both chosen as above: {say(*id_gain)} points on ID,", end=" ")
-    print(f"{say(*shift_gain)} in the")
+    on_id, shift = common.gain(rows, name, "Zero-shot")
+    moved = f"{on_id[0]:+.1f} points, the mean under shift by {shift[0]:+.1f}"
+    print(f"\n1. {name} moves ID accuracy by {moved}.")
+    on_id, shift = common.gain(rows, f"{name} +VRF", f"{name} +OSE")
+    gained = f"{say(*on_id)} points on ID, {say(*shift)}"
+    print(f"2. VRF less OSE, both chosen as above: {gained} in the")
     print(f"   mean under shift (95 % intervals over {common.sampled(rows)}).")
-    _, calibrated = common.gain(rows, f"{name} +VRF", f"{name} +OSE calibrated")
-    _, weights = common.gain(rows, f"{name} +VRF", f"{name} +WSE")
-    print(f"3. Under shift, VRF less OSE of the same calibrated models is {say(*calibrated)}:")
-    print(f"   what the sample-wise weight does beyond temperature. VRF less WSE: {say(*weights)}.")
+    _, shift = common.gain(rows, f"{name} +VRF", f"{name} +WSE")
+    print(f"3. VRF less WSE: {say(*shift)} in the mean under shift. How much of VRF's gain is")
+    print("   its temperatures' (A7): python lab/vrf_ablations.py controls")
 
 
 # --- main -----------------------------------------------------------------------------------------

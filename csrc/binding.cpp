@@ -3,26 +3,20 @@
 #pragma GCC optimize("O0")  // it only hands integers on, and compiles sooner
 #include <pybind11/pybind11.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 // How Python gives an argument of type T: pointers as integers, all else (and text) as it is.
 template <class T>
-struct Given {
-  using type = T;
-};
+constexpr bool is_address = std::is_pointer<T>::value && !std::is_same<T, const char*>::value;
 template <class T>
-struct Given<T*> {
-  using type = uintptr_t;
-};
-template <>
-struct Given<const char*> {
-  using type = const char*;
-};
+using Given = std::conditional_t<is_address<T>, uintptr_t, T>;
 
 template <class Result, class... Types>
 void define(pybind11::module_& module, const char* name, Result (*function)(Types...)) {
   module.def(
-      name, [=](typename Given<Types>::type... given) { return function((Types)given...); },
+      name, [=](Given<Types>... given) { return function((Types)given...); },
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
@@ -34,6 +28,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   define(module, "knn_kth_distance_cuda_capacity", knn_kth_distance_cuda_capacity);
   define(module, "knn_kth_distance_cuda", knn_kth_distance_cuda);
   define(module, "spd_step_cuda", spd_step_cuda);
-  module.attr("SPD_CHUNK") = int(SPD_CHUNK);
+  module.attr("SPD_CHUNK") = SPD_CHUNK;
 #endif
 }

@@ -39,6 +39,8 @@
 #include <math.h>
 #include <mma.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace {
@@ -49,39 +51,27 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ int lane() { return threadIdx.x % 32; }
 __device__ int warp() { return threadIdx.x / 32; }
 
-// The distance as Eq. 4 has it. The whole warp calls it; every lane gets the result.
-__device__ float exact_distance(const float* x, const float* y, int64_t d) {
+// The distance as Eq. 4 has it, by its bits: those of floats >= 0 sort as the floats do. The whole
+// warp calls it; every lane gets the result.
+__device__ unsigned exact_distance(const KnnBatch& b, int64_t q, int64_t row) {
+  const float *x = b.queries + q * b.d, *y = b.reference + row * b.d;
   double sum = 0.0;
-  for (int64_t i = lane(); i < d; i += 32) {
+  for (int64_t i = lane(); i < b.d; i += 32) {
     const double difference = double(x[i]) - double(y[i]);
     sum += difference * difference;
   }
   for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bits);
-  return float(sqrt(sum));
+  return __float_as_uint(float(sqrt(sum)));
 }
 
 // ---- the k-th smallest of many 32-bit keys, eight bits at a time, nothing stored or sorted ----
-// prefix: the digits found so far; rank: how many of the keys with this prefix are smaller than the
-// wanted one.
-struct Search {
-  unsigned prefix;
-  unsigned rank;
-};
 
-__device__ void count_key(unsigned* histogram, unsigned key, const Search& search, int shift) {
-  const unsigned known = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
-  if ((key & known) == search.prefix) atomicAdd(&histogram[key >> shift & 255], 1u);
-}
+__shared__ unsigned histogram[256];  // how many of the keys that are left have which digit
 
-__device__ void clear_histogram(unsigned* histogram) {
-  for (int bin = threadIdx.x; bin < 256; bin += kThreads) histogram[bin] = 0;
-  __syncthreads();
-}
-
-// Once all keys are counted: which digit holds the wanted rank. The whole block calls it.
-__device__ Search choose_digit(unsigned* histogram, const Search& search, int shift) {
-  __shared__ Search found;
-  __syncthreads();
+// Appends the digit at `shift` to the wanted key's prefix. rank: how many of the keys with this
+// prefix are smaller than the wanted one. The whole block calls it.
+__device__ void choose_digit(int shift, unsigned& prefix, unsigned& rank) {
+  __shared__ unsigned found[2];
   if (warp() == 0) {
     unsigned own = 0;  // each lane has eight bins
     for (int bin = 0; bin < 8; ++bin) own += histogram[8 * lane() + bin];
@@ -91,44 +81,45 @@ __device__ Search choose_digit(unsigned* histogram, const Search& search, int sh
       if (lane() >= distance) up_to += below;
     }
     unsigned before = up_to - own;
-    if (search.rank >= before && search.rank < up_to) {  // one lane
+    if (rank >= before && rank < up_to) {  // one lane
       int bin = 8 * lane();
-      while (search.rank >= before + histogram[bin]) before += histogram[bin++];
-      found.prefix = search.prefix | unsigned(bin) << shift;
-      found.rank = search.rank - before;
+      while (rank >= before + histogram[bin]) before += histogram[bin++];
+      found[0] = prefix | unsigned(bin) << shift;
+      found[1] = rank - before;
     }
   }
   __syncthreads();
-  const Search next = found;
-  clear_histogram(histogram);
-  return next;
+  prefix = found[0];
+  rank = found[1];
 }
 
-// ---- brute force: the k-th smallest distance digit by digit, all distances computed anew for each
-// of the four
-__global__ void __launch_bounds__(kThreads) knn_brute_kernel(KnnBatch b) {
-  __shared__ unsigned histogram[256];
-  const int64_t q = blockIdx.x;
-  if (b.undecided[q] == 0) return;
-  clear_histogram(histogram);
-  Search search = {0u, unsigned(b.k - 1)};
+// The key that has `rank` smaller ones among key_of(0), ..., key_of(count - 1); `lanes` threads work
+// on the same key. The whole block calls it.
+template <int lanes, class KeyOf>
+__device__ unsigned select(unsigned count, unsigned rank, const KeyOf& key_of) {
+  unsigned prefix = 0;  // the digits found so far
   for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int64_t row = warp(); row < b.m; row += kWarps) {
-      const float distance = exact_distance(b.queries + q * b.d, b.reference + row * b.d, b.d);
-      // the bits of floats >= 0 sort as the floats do
-      if (lane() == 0) count_key(histogram, __float_as_uint(distance), search, shift);
+    for (int bin = threadIdx.x; bin < 256; bin += kThreads) histogram[bin] = 0;
+    __syncthreads();
+    const unsigned known = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
+    for (unsigned i = threadIdx.x / lanes; i < count; i += kThreads / lanes) {
+      const unsigned key = key_of(i);
+      if (threadIdx.x % lanes == 0 && (key & known) == prefix)
+        atomicAdd(&histogram[key >> shift & 255], 1u);
     }
-    search = choose_digit(histogram, search, shift);
+    __syncthreads();
+    choose_digit(shift, prefix, rank);
   }
-  if (threadIdx.x == 0) b.out[q] = __uint_as_float(search.prefix);
+  return prefix;
 }
 
-// ---- filter, bound, refine
+// ---- filter, bound, refine ----
 constexpr int kTile = 128;          // queries and reference rows of a block
 constexpr int kDepth = 32;          // columns of a step
 constexpr int kPitch = kDepth + 8;  // of a shared row: 80 bytes, so that eight rows hit all banks
 constexpr int kPatchPitch = 20;
 constexpr int kWarpQueries = 64, kWarpRows = 32;  // a warp's part of the tile: 4 x 2 fragments
+constexpr float kUndecided = -1.0f;               // instead of a distance
 constexpr int64_t kFirstSlab = 16 * kTile, kGrowth = 8;
 
 struct Survivor {
@@ -231,15 +222,8 @@ __device__ float key_score(unsigned key) {
 
 // The rank-th best score of a query's survivors; rank counts from 1. The whole block calls it.
 __device__ float rank_score(const Survivor* survivors, unsigned count, unsigned rank) {
-  __shared__ unsigned histogram[256];
-  clear_histogram(histogram);
-  Search search = {0u, rank - 1};
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (unsigned i = threadIdx.x; i < count; i += kThreads)
-      count_key(histogram, score_key(survivors[i].score), search, shift);
-    search = choose_digit(histogram, search, shift);
-  }
-  return key_score(search.prefix);
+  const auto key_of = [&](unsigned i) { return score_key(survivors[i].score); };
+  return key_score(select<1>(count, rank - 1, key_of));
 }
 
 __global__ void __launch_bounds__(kThreads) knn_bound_kernel(KnnBatch b, unsigned rank) {
@@ -252,7 +236,6 @@ __global__ void __launch_bounds__(kThreads) knn_bound_kernel(KnnBatch b, unsigne
 }
 
 __global__ void __launch_bounds__(kThreads) knn_refine_kernel(KnnBatch b) {
-  __shared__ unsigned histogram[256];
   const int64_t q = blockIdx.x;
   const unsigned count = b.counts[q], k = unsigned(b.k);
   Survivor* list = survivors_of(b, q);
@@ -267,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) knn_refine_kernel(KnnBatch b) {
     decided = low >= b.bound[q];
   }
   if (!decided) {
-    if (threadIdx.x == 0) b.undecided[q] = 1;
+    if (threadIdx.x == 0) b.out[q] = kUndecided;
     return;
   }
   // Scores become distances: 0 for nearer than the k-th, the largest key for farther, exact for
@@ -280,41 +263,38 @@ __global__ void __launch_bounds__(kThreads) knn_refine_kernel(KnnBatch b) {
     for (; open != 0; open &= open - 1) {  // the warp works on one lane's row at a time
       const int owner = __ffs(open) - 1;
       const int64_t row = __shfl_sync(kAllLanes, mine.row, owner) * b.stride % b.m;
-      const float distance = exact_distance(b.queries + q * b.d, b.reference + row * b.d, b.d);
-      if (lane() == owner) key = __float_as_uint(distance);
+      const unsigned exact = exact_distance(b, q, row);
+      if (lane() == owner) key = exact;
     }
     if (i < count) list[i].row = key;
   }
-  clear_histogram(histogram);
-  Search search = {0u, k - 1};
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (unsigned i = threadIdx.x; i < count; i += kThreads)
-      count_key(histogram, list[i].row, search, shift);
-    search = choose_digit(histogram, search, shift);
-  }
-  if (threadIdx.x == 0) b.out[q] = __uint_as_float(search.prefix);
+  const unsigned key = select<1>(count, k - 1, [&](unsigned i) { return list[i].row; });
+  if (threadIdx.x == 0) b.out[q] = __uint_as_float(key);
+}
+
+// Brute force: all distances, computed anew for each of the four digits.
+__global__ void __launch_bounds__(kThreads) knn_brute_kernel(KnnBatch b) {
+  const int64_t q = blockIdx.x;
+  if (b.out[q] != kUndecided) return;
+  const auto key_of = [&](unsigned row) { return exact_distance(b, q, row); };
+  const unsigned key = select<32>(unsigned(b.m), unsigned(b.k - 1), key_of);
+  if (threadIdx.x == 0) b.out[q] = __uint_as_float(key);
 }
 
 // ---- host ----
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 // Rank of the bound after `seen` of m rows: k where all are seen, else so far out that a fair
 // sample reaches it with a chance of about 1e-9 per query of setting the bound too high (which
 // refine notices).
 int64_t bound_rank(int64_t k, int64_t m, int64_t seen) {
   const double expected = double(k) * double(seen) / double(m);
-  const int64_t rank = int64_t(ceil(expected + 6.0 * sqrt(expected) + 8.0));
-  return rank < k ? rank : k;
+  return std::min(k, int64_t(ceil(expected + 6.0 * sqrt(expected) + 8.0)));
 }
 
 // The end of the slab that begins at `seen`.
 int64_t slab_end(int64_t seen, int64_t m) {
-  const int64_t end = seen == 0 ? kFirstSlab : seen * kGrowth;
+  const int64_t wanted = seen == 0 ? kFirstSlab : seen * kGrowth;
   const int64_t most = seen + int64_t(65535) * kTile;  // the grid's limit
-  return end < most ? (end < m ? end : m) : (most < m ? most : m);
+  return std::min({wanted, most, m});
 }
 
 unsigned blocks(int64_t items) { return unsigned((items + kTile - 1) / kTile); }
@@ -330,7 +310,7 @@ extern "C" int64_t knn_kth_distance_cuda_capacity(int64_t m, int64_t k) {
     const double part = seen ? double(end - seen) / double(seen) : 0.0;
     expected += seen ? 6.0 * double(bound_rank(k, m, seen)) * part + 64.0 : double(end);
   }
-  return expected < double(m) ? int64_t(expected) : m;
+  return std::min(int64_t(expected), m);
 }
 
 extern "C" const char* knn_kth_distance_cuda(const KnnBatch* batch, void* stream) {
@@ -341,12 +321,11 @@ extern "C" const char* knn_kth_distance_cuda(const KnnBatch* batch, void* stream
     end = slab_end(seen, b.m);
     const dim3 grid(blocks(b.n), blocks(end - seen));
     knn_filter_kernel<<<grid, kThreads, 0, queue>>>(b, seen, end);
-    if (const char* error = launch_error()) return error;
     const unsigned rank = unsigned(bound_rank(b.k, b.m, end));
     if (end < b.m) knn_bound_kernel<<<n, kThreads, 0, queue>>>(b, rank);
   }
   knn_refine_kernel<<<n, kThreads, 0, queue>>>(b);
-  if (const char* error = launch_error()) return error;
   knn_brute_kernel<<<n, kThreads, 0, queue>>>(b);
-  return launch_error();
+  const cudaError_t error = cudaGetLastError();  // of any of them
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -8,7 +8,7 @@ fake tensors and torch.compile know their shapes, autograd sees what they change
 import contextlib
 import functools
 import math
-import operator
+import numbers
 
 import torch
 from torch import Tensor
@@ -41,34 +41,30 @@ class Kernels:
         counts as farthest.
         """
         op, known = "knn_kth_distance", " or ".join(self.knn_devices) or "a GPU: no AVX2 here"
-        for name, tensor in (("queries", queries), ("reference", reference)):
-            check(isinstance(tensor, Tensor), op, name, "a tensor", type(tensor).__name__)
-            check(tensor.is_floating_point(), op, name, "a float tensor", tensor.dtype)
-            check(tensor.layout == torch.strided, op, name, "a dense tensor", tensor.layout)
-            check(tensor.dim() == 2, op, name, "two dimensions", tuple(tensor.shape))
-            device = tensor.device
-            check(device.type in self.knn_devices, op, name, f"on {known}", device)
-            check(device == queries.device, op, name, f"on {queries.device} like queries", device)
+        for name, rows in (("queries", queries), ("reference", reference)):
+            floats = isinstance(rows, Tensor) and rows.is_floating_point()
+            right = floats and rows.dim() == 2 and rows.layout == torch.strided
+            check(right, op, name, "a dense float tensor of two dimensions", rows)
+            check(rows.device.type in self.knn_devices, op, name, f"on {known}", rows)
+        device = queries.device
+        check(reference.device == device, op, "reference", f"on {device} like queries", reference)
         d, (m, width) = queries.shape[1], reference.shape
-        check(width == d > 0, op, "reference", f"[M, {d}], D > 0", (m, width))
-        check(0 < m < 2**31, op, "reference", "one row or more, below 2^31", (m, width))
-        try:
-            number = operator.index(k)
-        except TypeError:
-            number = 0
-        check(1 <= number <= m, op, "k", f"an integer from 1 to {m}", k)
+        right = width == d > 0 and 0 < m < 2**31
+        check(right, op, "reference", f"[M, {d}], 0 < M < 2^31, D > 0", reference)
+        whole = isinstance(k, numbers.Integral)
+        check(whole and 1 <= k <= m, op, "k", f"an integer from 1 to {m}", k)
         check(device.type == "cuda" or self.level in self.levels, op, "level", "known", self.level)
-        return knn_op(queries, reference, number)
+        return knn_op(queries, reference, int(k))
 
     def spd_step(self, params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps,
                  spd_lambda, conditions=None, sums=None):  # fmt: skip
         """One step of Adam with selective projection (SPD Eqs. 3, 4, 9), in place, on lists.
 
-        All tensors of one call are contiguous and share dtype (fp32; on the CPU also fp64) and
-        device. An anchor of None is the zero anchor. `step` counts from 1. With D = w - anchor and
-        u the Adam step, S1 = sum g D, S2 = sum D^2, S3 = sum u (2 D + u); a tensor is projected
-        where c < 0 and S3 > 0. conditions [tensors], fp64: c of Alg. 2, which adds up,
-        c <- c - S1; None: c = -S1 of this step alone. sums [tensors, 3], fp64, receives S1, S2, S3.
+        All tensors of one call are contiguous, fp32 and on one device. An anchor of None is the
+        zero anchor. `step` counts from 1. With D = w - anchor and u the Adam step, S1 = sum g D,
+        S2 = sum D^2, S3 = sum u (2 D + u); a tensor is projected where c < 0 and S3 > 0.
+        conditions [tensors], fp64: c of Alg. 2, which adds up, c <- c - S1; None: c = -S1 of this
+        step alone. sums [tensors, 3], fp64, receives S1, S2, S3.
         """
         op, lists = "spd_step", (params, anchors, grads, exp_avgs, exp_avg_sqs)
         for name, column in zip(LISTS, lists, strict=True):
@@ -76,15 +72,12 @@ class Kernels:
         check(step >= 1, op, "step", "1 or more", step)
         if not params:
             return
-        check(isinstance(params[0], Tensor), op, "params[0]", "a tensor", type(params[0]).__name__)
-        device, dtype = params[0].device, params[0].dtype
+        device = params[0].device
         check(device.type in self.devices, op, "params", f"on {self.devices}", device)
-        known = (torch.float32,) if device.type == "cuda" else (torch.float32, torch.float64)
-        check(dtype in known, op, "params", " or ".join(map(str, known)), dtype)
         for name, column in zip(LISTS, lists, strict=True):
             for i, (tensor, param) in enumerate(zip(column, params, strict=True)):
                 if tensor is not None or name != "anchors":
-                    check_like(f"{name}[{i}]", tensor, dtype, device, param.shape)
+                    check_like(name, tensor, torch.float32, device, param.shape, i)
         for name, tensor, width in (("conditions", conditions, ()), ("sums", sums, (3,))):
             if tensor is not None:
                 check_like(name, tensor, torch.float64, device, (len(params), *width))
@@ -93,21 +86,22 @@ class Kernels:
 
 
 def check(right, op, argument, expected, got):
-    if not right:
-        raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
+    if right:
+        return
+    if isinstance(got, Tensor):
+        strides = "" if got.is_contiguous() else f" strides {got.stride()}"
+        got = f"{got.dtype} {tuple(got.shape)}{strides} on {got.device}"
+    raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
 
 
-def check_like(argument, tensor, dtype, device, shape):
-    """0.6 us; a ViT has 760 tensors."""
+def check_like(name, tensor, dtype, device, shape, index=None):
+    """Under 1 us; a ViT has 760 tensors, so that the argument's name is put together at need."""
     if isinstance(tensor, Tensor) and tensor.is_contiguous():
         if tensor.dtype == dtype and tensor.device == device and tensor.shape == shape:
             return
-    got = type(tensor).__name__
-    if isinstance(tensor, Tensor):
-        strides = "" if tensor.is_contiguous() else f"strides {tensor.stride()} "
-        got = f"{tensor.dtype} {tuple(tensor.shape)} {strides}on {tensor.device}"
     expected = f"a contiguous tensor, {dtype} {tuple(shape)} on {device}"
-    check(False, "spd_step", argument, expected, got)
+    argument = name if index is None else f"{name}[{index}]"
+    check(False, "spd_step", argument, expected, tensor)
 
 
 # --- PyTorch's side -------------------------------------------------------------------------------
@@ -131,9 +125,7 @@ def knn_op(queries: Tensor, reference: Tensor, k: int) -> Tensor:
             check(False, "knn_kth_distance", name, expected, f"length {lengths[row]:.2g}")
 
 
-@knn_op.register_fake
-def knn_fake(queries, reference, k):
-    return queries.new_empty(len(queries), dtype=torch.float32)
+knn_op.register_fake(lambda rows, reference, k: rows.new_empty(len(rows), dtype=torch.float32))
 
 
 def padded(rows):
@@ -143,30 +135,27 @@ def padded(rows):
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
 
-def spd_op(params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, spd_lambda,
-           conditions, sums):  # fmt: skip
+@torch.library.custom_op(
+    "csrc::spd_step", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "conditions", "sums")
+)
+def spd_op(params: list[Tensor], anchors: list[Tensor | None], grads: list[Tensor],
+           exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: int, lr: float, beta1: float,
+           beta2: float, eps: float, spd_lambda: float, conditions: Tensor | None,
+           sums: Tensor | None) -> None:  # fmt: skip
     tensors, device = table_of((params, anchors, grads, exp_avgs, exp_avg_sqs)), params[0].device
     scalars = step, lr, beta1, beta2, eps, spd_lambda
     if device.type == "cuda":
-        report = spd_step_cuda(loaded.module, tensors, device, *scalars, conditions)
-        if sums is not None:
-            sums.copy_(report[:, :3])
-        return
+        return spd_step_cuda(loaded.module, tensors, device, scalars, conditions, sums)
     table = torch.tensor(tensors, dtype=torch.int64, device="cpu")
-    outputs = (0 if x is None else x.data_ptr() for x in (conditions, sums))
-    size, threads = params[0].element_size(), torch.get_num_threads()
-    loaded.module.spd_step_cpu(table.data_ptr(), len(tensors), size, *scalars, threads, *outputs)
+    outputs = torch.get_num_threads(), address(conditions), address(sums)
+    loaded.module.spd_step_cpu(table.data_ptr(), len(tensors), *scalars, *outputs)
 
 
-spd_op = torch.library.custom_op(
-    "csrc::spd_step",
-    spd_op,
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "conditions", "sums"),
-    schema="(Tensor(a!)[] params, Tensor?[] anchors, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, int step, float lr, float beta1, float beta2, float eps, "
-    "float spd_lambda, Tensor(d!)? conditions, Tensor(e!)? sums) -> ()",
-)
 spd_op.register_fake(lambda *arguments: None)
+
+
+def address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def table_of(lists):
@@ -174,7 +163,7 @@ def table_of(lists):
     anchor), elements, 0.
     """
     rows = zip(*lists, strict=True)
-    return tuple((*(0 if t is None else t.data_ptr() for t in r), r[0].numel(), 0) for r in rows)
+    return tuple((*map(address, row), row[0].numel(), 0) for row in rows)
 
 
 # --- CUDA -----------------------------------------------------------------------------------------
@@ -222,10 +211,10 @@ def knn_kth_distance_cuda(module, queries, reference, k):
         band = x * y_lost.max() + x_lost * y_rounded.max() + (d + 16) * 2**-22 * largest
         band = (1.000001 * band).float()  # E(x)
         bound = torch.full_like(band, -math.inf)
-        counts, undecided = torch.zeros(2, len(part), dtype=torch.int32, device=device)
+        counts = torch.zeros(len(part), dtype=torch.int32, device=device)
         survivors = torch.empty(len(part), capacity, dtype=torch.int64, device=device)
-        arrays = part, reference, x16, rounded, half_square, band, bound, counts, undecided
-        pointers = [array.data_ptr() for array in (*arrays, survivors, result)]
+        arrays = part, reference, x16, rounded, half_square, band, bound, counts, survivors, result
+        pointers = [array.data_ptr() for array in arrays]
         batch = torch.tensor([*pointers, len(part), m, d, k, stride, capacity], device="cpu")
         launch(module.knn_kth_distance_cuda, device, batch.data_ptr())
     return out
@@ -247,14 +236,13 @@ def spd_tables(tensors, device, chunk):
     return rows, owner
 
 
-def spd_step_cuda(module, tensors, device, step, lr, beta1, beta2, eps, spd_lambda, conditions):
-    """tensors: see `table_of`. -> [tensors, 4], fp64, on the device: S1, S2, S3 and the factor f"""
+def spd_step_cuda(module, tensors, device, scalars, conditions, sums):
+    """tensors: see `table_of`; scalars: step, ..., spd_lambda."""
     table, owner = spd_tables(tensors, device, module.SPD_CHUNK)
     report = torch.empty(len(table), 4, dtype=torch.float64, device=device)
     partial = torch.empty(len(owner), 3, dtype=torch.float64, device=device)
     sizes = table.data_ptr(), len(table), owner.data_ptr(), len(owner)
-    scalars = step, lr, beta1, beta2, eps, spd_lambda
-    given = 0 if conditions is None else conditions.data_ptr()
-    outputs = partial.data_ptr(), given, report.data_ptr()
+    outputs = partial.data_ptr(), address(conditions), report.data_ptr()
     launch(module.spd_step_cuda, device, *sizes, *scalars, *outputs)
-    return report
+    if sums is not None:
+        sums.copy_(report[:, :3])

@@ -54,22 +54,16 @@ __device__ Sums block_sum(Sums sums) {
   return sums;
 }
 
-// A tensor's chunk, in the types of its values.
-struct Chunk {
-  float* param;
-  const float *anchor, *grad;
-  float *exp_avg, *exp_avg_sq;
+struct Range {  // elements of a chunk
   int64_t begin, end;
   bool aligned;  // all pointers are multiples of 16 bytes: four elements travel in one instruction
 };
 
-__device__ Chunk chunk_of(const SpdTensor& t, int64_t chunk) {
+__device__ Range range_of(const SpdTensor& t, int64_t chunk) {
   const uintptr_t all = (uintptr_t)t.param | (uintptr_t)t.anchor | (uintptr_t)t.grad |
                         (uintptr_t)t.exp_avg | (uintptr_t)t.exp_avg_sq;
   const int64_t begin = (chunk - t.first_chunk) * SPD_CHUNK, end = begin + SPD_CHUNK;
-  return {(float*)t.param,         (const float*)t.anchor, (const float*)t.grad,
-          (float*)t.exp_avg,       (float*)t.exp_avg_sq,   begin,
-          end < t.size ? end : t.size, all % 16 == 0};
+  return {begin, end < t.size ? end : t.size, all % 16 == 0};
 }
 
 __device__ void load(float (&to)[kVector], const float* from, int count, bool aligned) {
@@ -97,16 +91,17 @@ __global__ void __launch_bounds__(kThreads)
     spd_adam_kernel(const SpdTensor* tensors, const int32_t* chunk_tensor, Adam adam,
                     Sums* partial) {
   const int64_t chunk = blockIdx.x;
-  const Chunk t = chunk_of(tensors[chunk_tensor[chunk]], chunk);
+  const SpdTensor t = tensors[chunk_tensor[chunk]];
+  const Range r = range_of(t, chunk);
   Sums sums = {0.0, 0.0, 0.0};
-  for (int64_t i = t.begin + kVector * threadIdx.x; i < t.end; i += kVector * kThreads) {
-    const int count = t.end - i < kVector ? int(t.end - i) : kVector;
+  for (int64_t i = r.begin + kVector * threadIdx.x; i < r.end; i += kVector * kThreads) {
+    const int count = r.end - i < kVector ? int(r.end - i) : kVector;
     float w[kVector], w0[kVector] = {0.0f, 0.0f, 0.0f, 0.0f}, g[kVector], m[kVector], v[kVector];
-    load(w, t.param + i, count, t.aligned);
-    load(g, t.grad + i, count, t.aligned);
-    load(m, t.exp_avg + i, count, t.aligned);
-    load(v, t.exp_avg_sq + i, count, t.aligned);
-    if (t.anchor != nullptr) load(w0, t.anchor + i, count, t.aligned);
+    load(w, t.param + i, count, r.aligned);
+    load(g, t.grad + i, count, r.aligned);
+    load(m, t.exp_avg + i, count, r.aligned);
+    load(v, t.exp_avg_sq + i, count, r.aligned);
+    if (t.anchor != nullptr) load(w0, t.anchor + i, count, r.aligned);
     float gd = 0.0f, dd = 0.0f, uu = 0.0f;
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
@@ -121,9 +116,9 @@ __global__ void __launch_bounds__(kThreads)
       uu += moved * (2.0f * distance + moved);
     }
     sums += {gd, dd, uu};
-    store(t.param + i, w, count, t.aligned);
-    store(t.exp_avg + i, m, count, t.aligned);
-    store(t.exp_avg_sq + i, v, count, t.aligned);
+    store(t.param + i, w, count, r.aligned);
+    store(t.exp_avg + i, m, count, r.aligned);
+    store(t.exp_avg_sq + i, v, count, r.aligned);
   }
   sums = block_sum(sums);
   if (threadIdx.x == 0) partial[chunk] = sums;
@@ -158,26 +153,22 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     spd_project_kernel(const SpdTensor* tensors, const int32_t* chunk_tensor,
                        const double* report) {
-  const int64_t chunk =
-      gridDim.x - 1 - int64_t(blockIdx.x);  // backwards: what A wrote last is still in L2
+  // backwards: what A wrote last is still in L2
+  const int64_t chunk = gridDim.x - 1 - int64_t(blockIdx.x);
   const int64_t tensor = chunk_tensor[chunk];
   const float f = float(report[4 * tensor + 3]);
   if (f == 1.0f) return;
-  const Chunk t = chunk_of(tensors[tensor], chunk);
-  for (int64_t i = t.begin + kVector * threadIdx.x; i < t.end; i += kVector * kThreads) {
-    const int count = t.end - i < kVector ? int(t.end - i) : kVector;
+  const SpdTensor t = tensors[tensor];
+  const Range r = range_of(t, chunk);
+  for (int64_t i = r.begin + kVector * threadIdx.x; i < r.end; i += kVector * kThreads) {
+    const int count = r.end - i < kVector ? int(r.end - i) : kVector;
     float w[kVector], w0[kVector] = {0.0f, 0.0f, 0.0f, 0.0f};
-    load(w, t.param + i, count, t.aligned);
-    if (t.anchor != nullptr) load(w0, t.anchor + i, count, t.aligned);
+    load(w, t.param + i, count, r.aligned);
+    if (t.anchor != nullptr) load(w0, t.anchor + i, count, r.aligned);
 #pragma unroll
     for (int e = 0; e < kVector; ++e) w[e] = w0[e] + f * (w[e] - w0[e]);
-    store(t.param + i, w, count, t.aligned);
+    store(t.param + i, w, count, r.aligned);
   }
-}
-
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
@@ -187,22 +178,18 @@ extern "C" const char* spd_step_cuda(const SpdTensor* tensors, int64_t count,
                                      double lr, double beta1, double beta2, double eps,
                                      double spd_lambda, double* partial, double* conditions,
                                      double* report, void* stream) {
-  if (count == 0) return nullptr;
-  if (count > INT32_MAX || chunks > INT32_MAX)
-    return "spd_step: more than 2^31 - 1 tensors or chunks in one call";
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   Sums* sums = reinterpret_cast<Sums*>(partial);
   const double bias1 = 1.0 - pow(beta1, double(step)), bias2 = 1.0 - pow(beta2, double(step));
   const Adam adam = {float(1.0 - beta1), float(beta2),       float(1.0 - beta2),
                      float(lr / bias1),  float(sqrt(bias2)), float(eps)};
-  if (chunks > 0) {
-    spd_adam_kernel<<<unsigned(chunks), kThreads, 0, queue>>>(tensors, chunk_tensor, adam, sums);
-    if (const char* error = launch_error()) return error;
-  }
+  const unsigned blocks = unsigned(chunks);
+  if (blocks > 0)
+    spd_adam_kernel<<<blocks, kThreads, 0, queue>>>(tensors, chunk_tensor, adam, sums);
   spd_factor_kernel<<<unsigned(count), kThreads, 0, queue>>>(tensors, sums, spd_lambda,
                                                              conditions, report);
-  if (const char* error = launch_error()) return error;
-  if (chunks > 0)
-    spd_project_kernel<<<unsigned(chunks), kThreads, 0, queue>>>(tensors, chunk_tensor, report);
-  return launch_error();
+  if (blocks > 0)
+    spd_project_kernel<<<blocks, kThreads, 0, queue>>>(tensors, chunk_tensor, report);
+  const cudaError_t error = cudaGetLastError();  // of any of the three
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

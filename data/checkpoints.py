@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data import pickles
-from data.trees import InputError, did_you_mean, listed
+from data.trees import InputError, did_you_mean, listed, reading
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz")
 NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # Trainer's others
@@ -107,16 +107,11 @@ def find_head(path, rest, shape):
 def read_parts(path, trust):
     """CLIP's tensors, the others under their full names (both fp32), and what the file says."""
     path = weights_file(Path(path))
-    try:
+    with reading(path, "it is no readable checkpoint"):
         raw, metadata = read_file(path, trust)
         if isinstance(raw, dict) and "quick_gelu" in raw:  # our own files say it
             metadata["quick_gelu"] = raw["quick_gelu"]
         state = tensors_in(inner(raw, path))
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way; the answer is the same
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{path} is no readable checkpoint ({reason})") from error
     if any("lora_" in name for name in state):
         cure = "merge them (peft: model.merge_and_unload()) and save the whole model"
         raise InputError(f"{path} holds LoRA adapters: {cure}")

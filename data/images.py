@@ -16,8 +16,7 @@ from data.trees import InputError
 class Images(torch.utils.data.Dataset):
     """(image, label, index) of a Split. Raises InputError for a file that cannot be read.
 
-    An item is (index, seed): the transform draws from torch's generator under that seed. Where the
-    seed is None it is a black image with label and index -1, for a process without part of a batch.
+    An item is (index, seed): the transform draws from torch's generator under that seed.
     """
 
     def __init__(self, split, transform):
@@ -27,17 +26,15 @@ class Images(torch.utils.data.Dataset):
         return len(self.split.images)
 
     def __getitem__(self, item):
-        from PIL import Image
-
         index, seed = item
-        image = Image.new("RGB", (64, 64)) if seed is None else self.read(index)
+        image = self.read(index)
         if border := self.split.border:
             image = image.crop((border, border, image.width - border, image.height - border))
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed or 0)  # torch.manual_seed also seeds GPUs: 0.3 ms
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds GPUs: 0.3 ms
         image = self.transform(image)
         torch.set_rng_state(state)
-        return (image, -1, -1) if seed is None else (image, int(self.split.labels[index]), index)
+        return image, int(self.split.labels[index]), index
 
     def read(self, index):
         """The image as PIL RGB. Raises InputError."""

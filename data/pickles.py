@@ -35,8 +35,6 @@ class Opaque(dict):
     def append(self, item):
         pass
 
-    add = append
-
 
 def rebuild_tensor(storage, offset, size, stride, *rest):
     return torch._utils._rebuild_tensor(storage, offset, size, stride)

@@ -1,22 +1,11 @@
 """Testbeds: how many of the test images, at home (ID) and under shift, each of many models gets
-right. Effective robustness is measured against them.
-
-`data/testbeds/` holds five (sources and licences: its README.md). Of published models there are
-counts, so that the effective robustness of real models needs no image and no download:
-
-    cifar10       30 models of Recht et al. 2018: CIFAR-10, CIFAR-10.1 v4 and v6
-    imagenet      66 models of Recht et al. 2019: ImageNet val, three variants of ImageNetV2
-    imagenet2020  85 models of Taori et al. 2020 trained on ImageNet alone; beside them, never in a
-                  baseline, CLIP zero-shot, BiT and checkpoints of trainings from scratch
-    modern        957 models of timm trained on ImageNet-1k alone; beside them zero-shot models,
-                  fine-tuned ones, and rows of two papers (made by lab/er_extract.py)
-    digits        40 networks of lab/digits_testbed.py on the embedded digits, image by image
+right. Effective robustness is measured against them. data/README.md says what the five in
+data/testbeds/ are: of published models counts, so that the effective robustness of real models
+needs no image and no download; of 40 networks on the embedded digits every image.
 """
 
 import csv
 import dataclasses
-import math
-import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import logit
 
-from data.trees import InputError
+from data.trees import InputError, reading
 
 FOLDER = Path(__file__).resolve().parent / "testbeds"
 PUBLISHED = ("cifar10", "imagenet", "imagenet2020", "modern")
@@ -92,30 +81,29 @@ def read(path):
 def read_counts(path):
     """The form of `write`: model, role, then a column `set:n` of counts for each set."""
     columns, n = {"model": str, "role": str}, {}
-    for column in lines_of(path)[0][1]:
-        if column not in columns:
+    for column in read_table(path)[0]:
+        if column not in ("model", "role"):
             name, _, images = column.rpartition(":")
             if not images.isdecimal():
                 raise InputError(f"{path}, column {column!r}: expected SET:IMAGES")
             n[name] = int(images)
-    columns |= {f"{s}:{images}": up_to(images, whole) for s, images in n.items()}
-    rows = [row for _, row in read_csv(path, columns, unique=["model"])]
+            columns[column] = up_to(n[name])
+    rows = read_table(path, columns, unique="model")
+    models = [row["model"] for row in rows]
     k = {s: np.array([row[f"{s}:{n[s]}"] for row in rows]) for s in n}
     studied = {row["model"]: row["role"] for row in rows if row["role"] != "testbed"}
-    return Testbed(path.stem, [row["model"] for row in rows], n, k, pairs(n), {}, studied)
+    return Testbed(path.stem, models, n, k, pairs(n), {}, studied)
 
 
 def read_bits(path):
     """Per-example correctness: `models`, of each set packed bits, and `<set>/n`."""
-    try:
+    with reading(path, "expected models, and bits of each set"):
         with np.load(path, allow_pickle=False) as z:
             names = [str(model) for model in z["models"]]
             studied = [str(model) for model in z["studied"]] if "studied" in z else []
             title = str(z["name"]) if "name" in z else path.stem
             sizes = {s: int(z[f"{s}/n"]) for s in z.files if f"{s}/n" in z.files}
             right = {s: np.unpackbits(z[s], axis=1, count=n) == 1 for s, n in sizes.items()}
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no per-example testbed ({error})") from error
     return known_by_image(title, names, right, pairs(right), studied)
 
 
@@ -143,63 +131,63 @@ def write(testbed, path):
             out.writerow([model, testbed.studied.get(model, "testbed"), *counts])
 
 
-# --- CSV by a schema: a wrong number is refused where it stands, instead of computed with ---------
+# --- CSV: a wrong number is refused where it stands, instead of computed with ---------------------
 
 
-def lines_of(path):
-    """[(number, cells)] of the lines of a CSV file that are not empty; a byte-order mark is
-    skipped. Raises InputError.
+def read_table(path, columns=None, unique=None):
+    """[{column: value}] of a CSV file. Raises InputError by line and column.
+
+    columns: {name: function from a cell's text to its value, which raises ValueError}, of the
+    columns that must be there; None: all there are, as text. unique: a column in which no value
+    may stand twice.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+    with reading(path, "expected a CSV file in UTF-8"):
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a mark
             reader = csv.reader(file)
-            found = [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error})") from error
-    if not found:
-        raise InputError(f"{path} is empty")
-    return found
-
-
-def read_csv(path, columns, unique):
-    """[(line, {column: value})] of a CSV file, of the columns that are asked for.
-
-    columns: {name: function from a cell's text to its value}, which raises ValueError with what it
-    expected; unique: columns whose values together stand in one row only. Raises InputError by line
-    and column.
-    """
-    (_, header), *lines = lines_of(path)
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+    if len(lines) < 2:
+        raise InputError(f"{path} has no lines below its header")
+    header = lines[0][1]
+    columns = columns or dict.fromkeys(header, str)
     for name in columns:
         if header.count(name) != 1:
             found = f"no column {name!r}" if name not in header else f"two columns {name!r}"
             raise InputError(f"{path}: {found}; it has {', '.join(header)[:200]}")
-    rows, seen = [], {}
-    for line, cells in lines:
+    rows, line_of = [], {}
+    for line, cells in lines[1:]:
         if len(cells) != len(header):
             raise InputError(f"{path}, line {line}: {len(cells)} cells under {len(header)} columns")
-        row = {}
-        for name, cell in zip(header, cells, strict=True):
+        text, row = dict(zip(header, cells, strict=True)), {}
+        for name, parse in columns.items():
             try:
-                row |= {name: columns[name](cell)} if name in columns else {}
+                row[name] = parse(text[name])
             except ValueError as error:
-                problem = f"{path}, line {line}, column {name}: {cell!r}, {error}"
+                problem = f"{path}, line {line}, column {name}: {text[name]!r}, {error}"
                 raise InputError(problem) from None
-        key = tuple(row[name] for name in unique)
-        if key in seen:
-            raise InputError(f"{path}, line {line}: {key} is in line {seen[key]}, too")
-        seen[key] = line
-        rows.append((line, row))
+        if unique and line_of.setdefault(row[unique], line) != line:
+            first = line_of[row[unique]]
+            raise InputError(f"{path}, line {line}: {row[unique]!r} is in line {first}, too")
+        rows.append(row)
     return rows
 
 
-def read_rows(path, kind, unique):
+def up_to(most):
+    """Function that reads a whole number from 0 to `most`; nan where the cell is empty."""
+
+    def parse(cell):
+        if cell and not (cell.isdecimal() and int(cell) <= most):
+            raise ValueError(f"expected a whole number from 0 to {most}")
+        return float(cell or "nan")
+
+    return parse
+
+
+def read_rows(path, kind):
     """[instance of the dataclass `kind`] of a file of `write_rows`; an empty cell may be None."""
-    parsers = {str: str, int: whole, float: number}
-    parsers |= {
-        p | None: lambda cell, p=parsers[p]: p(cell) if cell else None for p in (int, float)
-    }
+    parsers = {str: str, int: int, float: float}
+    parsers[float | None] = lambda cell: float(cell) if cell else None
     columns = {f.name: parsers[f.type] for f in dataclasses.fields(kind)}
-    return [kind(**row) for _, row in read_csv(path, columns, unique)]
+    return [kind(**row) for row in read_table(path, columns)]
 
 
 def write_rows(rows, path):
@@ -208,31 +196,6 @@ def write_rows(rows, path):
         out = csv.writer(file, lineterminator="\n")
         out.writerow(f.name for f in dataclasses.fields(rows[0]))
         out.writerows(dataclasses.astuple(row) for row in rows)
-
-
-def whole(cell):
-    if not (cell.isascii() and cell.isdigit()):
-        raise ValueError("expected a whole number, 0 or more")
-    return int(cell)
-
-
-def number(cell):
-    try:
-        return float(cell)
-    except ValueError:
-        raise ValueError("expected a number") from None
-
-
-def up_to(most, parse):
-    """Function that reads a number from 0 to `most`; nan where not evaluated."""
-
-    def read_cell(cell):
-        value = parse(cell) if cell else math.nan
-        if value < 0 or value > most:
-            raise ValueError(f"expected a number from 0 to {most}")
-        return float(value)
-
-    return read_cell
 
 
 # --- redrawing models and images: intervals (ours) ------------------------------------------------

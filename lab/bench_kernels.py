@@ -41,6 +41,7 @@ from csrc import build  # noqa: E402
 
 KNN_SIZES = [(1000, 20_000, 512, 1), (1000, 20_000, 512, 20), (1000, 20_000, 512, 200)]
 KNN_SIZES += [(2000, 100_000, 512, 100), (2000, 100_000, 512, 1000), (500, 400_000, 512, 400)]
+ROUNDS = 7
 FAISS, REFERENCE = "faiss IndexFlatL2", "vrf.knn_kth_distance"
 
 
@@ -50,7 +51,7 @@ def interleaved(candidates, options, before=lambda: None):
     """
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     seconds = {name: [] for name in candidates}
-    for turn in range(options.rounds + 1):
+    for turn in range(1 + ROUNDS):
         for name, call in candidates.items():
             before()
             start = clock()
@@ -179,8 +180,6 @@ def cpu_model():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=["knn_kth_distance", "spd_step"], help="only this one")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     text = "cpu, with --threads 1: on a busy machine"
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=text)
@@ -194,11 +193,7 @@ def main(argv=None):
     machine += f", PyTorch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
     core = os.environ.get("OPENBLAS_CORETYPE", "not set")
     print(f"{machine}, OPENBLAS_CORETYPE (faiss) {core}", flush=True)
-    lines = [machine]
-    if options.op != "spd_step":
-        lines += ["", *bench_knn(native, options)]
-    if options.op != "knn_kth_distance":
-        lines += ["", *bench_spd(native, options)]
+    lines = [machine, "", *bench_knn(native, options), "", *bench_spd(native, options)]
     print("\n" + "\n".join(lines))
 
 

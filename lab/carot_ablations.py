@@ -43,12 +43,13 @@ import vrf  # noqa: E402
 
 @dataclasses.dataclass
 class Setting:
-    """What the study starts from, as carot.prepare gives it."""
+    """What the study starts from, as carot.prepare gives it, and what trains `models_of`."""
 
     config: carot.Config
     data: common.Data
     clip: common.Clip
     zero_shot: common.Classifier
+    train_models: object = carot.train_models
 
     @property
     def seeds(self):
@@ -59,15 +60,14 @@ class Setting:
         return [self.data.test, *self.data.shifts]
 
 
-def tuned(s, seed, name="", loss=carot.loss_of, **changes):
-    """Classifier fine-tuned as CaRot with changed settings or another loss(settings, f, logits,
-    W_v, W_l, taught). Without a name it has FLYP's or CaRot's, so that carot.py's checkpoints are
-    found.
+def tuned(s, seed, name="", extra=None, **changes):
+    """Classifier fine-tuned as CaRot with changed settings or an `extra` term of the loss. Without
+    a name it has FLYP's or CaRot's, so that carot.py's checkpoints are found.
     """
     settings = dataclasses.replace(carot.recipe(s.config, "CaRot", seed), **changes)
     constrained = settings.oc or settings.sd or settings.cross_fnorm
     name = name or ("CaRot" if constrained else "FLYP")
-    module = carot.fine_tune(settings, name, s.clip, s.data, loss)
+    module = carot.fine_tune(settings, name, s.clip, s.data, extra)
     return carot.as_classifier(s.config, s.data, s.clip, module.student)
 
 
@@ -208,10 +208,13 @@ def minus_sigma_min(f):
     return -torch.linalg.eigvalsh(f.T @ f / len(f))[0]
 
 
-def with_sigma_min(settings, f, logits, W_v, W_l, taught):
-    without = dataclasses.replace(settings, oc=0.0)
-    rest = carot.loss_of(without, f, logits, W_v, W_l, taught)
-    return rest + settings.oc * minus_sigma_min(f)
+def rival(oc):
+    """The rival as an extra term of the loss, at the coefficient of L_OC."""
+
+    def term(f, logits):
+        return oc * minus_sigma_min(f)
+
+    return term
 
 
 def svd(s):
@@ -227,7 +230,7 @@ def svd(s):
         "none": (None, None, {"oc": 0.0}),
         "norm (code)": (carot.orthogonality, W_v, {"oc_form": "code"}),
         "squared (paper)": (squared, W_v, {"oc_form": "paper"}),
-        "-sigma_min": (minus_sigma_min, f, {"name": "sigma_min", "loss": with_sigma_min}),
+        "-sigma_min": (minus_sigma_min, f, {"name": "sigma_min", "oc": 0.0, "extra": rival(c.oc)}),
     }
     for form, (term, tensor, told) in forms.items():
         x = points[form] = measure(s, lambda seed, told=told: tuned(s, seed, **told))
@@ -251,23 +254,19 @@ def milliseconds(term, tensor):
 SMOOTHING = 0.1
 
 
-def with_label_smoothing(settings, f, logits, W_v, W_l, taught):
-    """L_MCL-con, with SMOOTHING of each pair's target spread over the batch."""
+def label_smoothing(f, logits):
+    """What L_MCL gains when SMOOTHING of each pair's target is spread over the batch."""
     i = torch.arange(len(logits), device=logits.device)
     both = (F.cross_entropy(z, i, label_smoothing=SMOOTHING) for z in (logits, logits.T))
-    constrained = carot.loss_of(settings, f, logits, W_v, W_l, taught)
-    return constrained - carot.contrastive(logits) + sum(both) / 2
+    return sum(both) / 2 - carot.contrastive(logits)
 
 
 def smoothing(s):
     """Tab. E: on L_MCL-con, nothing, label smoothing, and self-distillation, which is CaRot."""
+    smoothed = {"sd": 0.0, "name": "smoothed", "extra": label_smoothing}
     forms = {
         "none": {"sd": 0.0},
-        f"label smoothing {SMOOTHING:g}": {
-            "sd": 0.0,
-            "name": "smoothed",
-            "loss": with_label_smoothing,
-        },
+        f"label smoothing {SMOOTHING:g}": smoothed,
         "self-distillation": {},
     }
     points = {
@@ -300,7 +299,7 @@ def period(s):
 
 
 def models_of(s, seed):
-    return carot.train_models(s.config, s.data, s.clip, s.zero_shot, seed)
+    return s.train_models(s.config, s.data, s.clip, s.zero_shot, seed)
 
 
 def wise(s):
@@ -501,13 +500,13 @@ ABLATIONS = {
 }
 
 
-def main(argv=None):
+def main(argv=None, train_models=carot.train_models):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
     names = list(ABLATIONS) if argv[0] == "all" else common.choose(argv[0], ABLATIONS, "ablation")
-    s = Setting(*carot.prepare(argv[1:]))
+    s = Setting(*carot.prepare(argv[1:]), train_models)
     for name in names:
         ABLATIONS[name](s)
 

@@ -79,27 +79,28 @@ def ensembles(config, data, clip, models, seed):
     rows, studies = vrf.evaluate(config, data, clip, both, seed)
     alpha = {row.method.removeprefix(f"{BASE} "): row.choice for row in rows}
     raw, calibrated, found = studies[BASE]
-    raw, calibrated = ({s: x for s, x in of.items() if s != "val"} for of in (raw, calibrated))
-    w = {s: entropy_weight(x.p_zs, x.p_ft) for s, x in raw.items()}
+    alpha["+OSE calibrated"] = vrf.ose_row("", seed, calibrated).choice
+    tests = [split for split in raw if split != "val"]
+    w = {s: entropy_weight(raw[s].p_zs, raw[s].p_ft) for s in tests}
     weights = vrf.wse(models["ZS"].state_dict(), models[BASE].state_dict(), alpha["+WSE"])
     between = copy.deepcopy(models["ZS"])
     between.load_state_dict(weights)
 
-    def ose(sets, name):
-        return {s: vrf.ose(x.p_zs, x.p_ft, alpha[name]) for s, x in sets.items()}
-
     def by_entropy(sets):
-        return {s: vrf.vrf(x.p_zs, x.p_ft, entropy_weight(x.p_zs, x.p_ft)) for s, x in sets.items()}
+        mixed = {}
+        for split in tests:
+            p_zs, p_ft = sets[split].p_zs, sets[split].p_ft
+            mixed[split] = vrf.vrf(p_zs, p_ft, entropy_weight(p_zs, p_ft))
+        return mixed
 
-    world = config, data, clip, models["ZS"], models[BASE]
     return {
         "+WSE": er_axes.probabilities(config, data, clip, between),
-        "+OSE": ose(raw, "+OSE"),
-        "+OSE calibrated": ose(calibrated, "+OSE calibrated"),
+        "+OSE": vrf.ose_scores(raw, alpha["+OSE"]),
+        "+OSE calibrated": vrf.ose_scores(calibrated, alpha["+OSE calibrated"]),
         "+VRF": found.p_vrf,
         "+entropy, outputs": by_entropy(raw),
         "+entropy, calibrated": by_entropy(calibrated),
-        "+entropy, weights": mix_weights(*world, w),
+        "+entropy, weights": mix_weights(config, data, clip, models["ZS"], models[BASE], w),
     }
 
 

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import io
-import math
 import sys
 from pathlib import Path
 
@@ -86,45 +85,41 @@ def mixed(config, data, clip, zero_shot, bench, seed):
     """Trajectory over alpha (as step / 10): zero-shot and fine-tuned weights, interpolated."""
     import vrf
 
-    model, used = copy.deepcopy(zero_shot), dataclasses.replace(config, lr=RATE, seed=seed)
-    name = f"zero-shot, lr {RATE:g}"
-    common.fine_tune(used, name, model, data.train, clip)  # read, if trained before
-    run = {"run": f"weights mixed, seed {seed}", "model": config.model, "init": "zero-shot"}
-    key = [zero_shot.state_dict(), model.state_dict()]
-    path = file_of(config, data, bench, run, key)
-    trajectory = er_study.Trajectory(
-        config, bench, path, run | {"lr": RATE, "seed": seed}, list(range(11)), per_epoch=10
-    )
-    between = copy.deepcopy(zero_shot)
-    for _ in trajectory.attempts():
-        for step in filter(trajectory.lacks, trajectory.steps):
-            weights = vrf.wse(zero_shot.state_dict(), model.state_dict(), step / 10)
+    tuned, between = copy.deepcopy(zero_shot), copy.deepcopy(zero_shot)
+    used = dataclasses.replace(config, lr=RATE, seed=seed)
+    common.fine_tune(used, f"zero-shot, lr {RATE:g}", tuned, data.train, clip)  # or read
+
+    def evaluations(todo, resume):
+        for step in sorted(todo):
+            weights = vrf.wse(zero_shot.state_dict(), tuned.state_dict(), step / 10)
             between.load_state_dict(weights)
-            trajectory.add(step, er_study.score(bench, between))
-    return trajectory.checkpoints
+            yield step, er_study.score(bench, between)
+
+    setting = er_study.Setting("weights mixed", "zero-shot", RATE, seed, config.epochs)
+    key = [zero_shot.state_dict(), tuned.state_dict(), *fingerprints(data)]
+    return er_study.record(config, bench, setting, key, range(11), evaluations)
 
 
-def file_of(config, data, bench, run, key):
-    """Path of a trajectory that is not er_study.follow's; `key`: what shapes it."""
-    key = [key, run, bench.testbed.k, config.draws]
-    key += [common.fingerprint(s) for s in (data.train, *bench.splits.values())]
-    file = f"{common.slug(run['run'])}-{common.hash_of(key)}.csv"
-    return Path(config.out) / "trajectories" / file
+def fingerprints(data):
+    """Fingerprints of the sets of a study."""
+    return [common.fingerprint(s) for s in (data.train, data.test, *data.shifts)]
 
 
 def strategies(config, data, clip, zero_shot, bench, seed):
-    """E10: checkpoints of the trajectories."""
+    """E10: points of the trajectories."""
     from lab import pretrain_clip
 
     images, labels, _ = pretrain_clip.corpus(size=2048, seed=seed + 100)
     buffer = replayed(pretrain_clip.normalise(images), labels)
     args = config, data, clip, zero_shot, bench
-    kinds = {"": None, "distillation": distilled(zero_shot), "replay": buffer}
+    kinds = {f"zero-shot, lr {RATE:g}": None}
+    kinds |= {"distillation": distilled(zero_shot), "replay": buffer}
     found = []
     for name, loss in kinds.items():
-        setting = er_study.Setting("zero-shot", RATE, config.epochs, seed, name)
+        setting = er_study.Setting(name, "zero-shot", RATE, seed, config.epochs)
         found += er_study.follow(*args, setting, loss)
-    head = er_study.Setting("head-only", config.lr_head, config.epochs, seed)
+    name, rate = f"head-only, lr {config.lr_head:g}", config.lr_head
+    head = er_study.Setting(name, "head-only", rate, seed, config.epochs)
     return [*found, *er_study.follow(*args, head), *mixed(*args, seed)]
 
 
@@ -174,7 +169,7 @@ def difficulty(config, data, clip, zero_shot, bench, seed):
         train = dataclasses.replace(data.train, images=images, labels=y[rows])
         args = config, dataclasses.replace(data, train=train), clip, zero_shot, bench
         name, epochs = f"{which} {len(rows)}", 3 * config.epochs
-        found += er_study.follow(*args, er_study.Setting("zero-shot", RATE, epochs, seed, name))
+        found += er_study.follow(*args, er_study.Setting(name, "zero-shot", RATE, seed, epochs))
     return found
 
 
@@ -189,7 +184,8 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=1500):
     """
     from lab import pretrain_clip
 
-    none = er_study.Setting("random", config.lr_random, config.epochs_random, seed)
+    name, rate = f"random, lr {config.lr_random:g}", config.lr_random
+    none = er_study.Setting(name, "random", rate, seed, config.epochs_random)
     found = er_study.follow(config, data, clip, zero_shot, bench, none)
     for name, (domains, size) in CORPORA.items():
         weights = Path(config.out) / "pretrained" / f"{common.slug(name)}-{steps}-{seed}.npz"
@@ -201,7 +197,7 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=1500):
             )
         own = dataclasses.replace(config, weights=str(weights))
         args = own, data, *common.zero_shot(own, data), bench
-        setting = er_study.Setting("new-head", RATE, config.epochs, seed, name)
+        setting = er_study.Setting(name, "new-head", RATE, seed, config.epochs)
         found += er_study.follow(*args, setting)
     return found
 
@@ -230,8 +226,8 @@ def tuned(config, seed):
     best, val = {}, own[1].val
     for name, (family, strength) in spd.recipes(recipe).items():
         make = functools.partial(spd.optimiser_of, recipe, family, strength)
-        key = {"strength": strength or 0, "head": recipe.head, "condition": recipe.condition}
-        model = spd.train(recipe, name, data, own[2], own[3], make, key)
+        key = {"strength": strength or 0, "condition": recipe.condition}
+        model, _ = spd.train(recipe, name, data, own[2], own[3], make, key)
         right = common.predict(recipe, {"": model}, val, own[2])[""].right
         if family not in best or right.sum() > best[family][0]:
             best[family] = right.sum(), model
@@ -274,7 +270,7 @@ def methods(config, data, clip, zero_shot, bench, seed):
     ECE. One file, a row of the table as a run of one checkpoint; nothing tuned on the test sets.
     """
     args, models = tuned(config, seed)
-    labels, checkpoints = {s.name: s.labels for s in (data.test, *data.shifts)}, []
+    labels, points = {s.name: s.labels for s in (data.test, *data.shifts)}, []
     plain = {"ZS": "Zero-shot", "LC": "Linear classifier"}
     for name, model in models.items():
         if name in plain:
@@ -284,19 +280,16 @@ def methods(config, data, clip, zero_shot, bench, seed):
         for row, p in found.items():
             right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
             ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
-            run = {"run": f"{row}, seed {seed}", "model": config.model, "init": "zero-shot"}
-            run |= {"lr": 0.0, "seed": seed}
-            checkpoints += with_ece(er_study.measure(bench, run, 0, 0.0, right), ece, bench)
-    er_study.write(f"{config.out}/trajectories/methods-seed-{seed}.csv", checkpoints)
-    return checkpoints + courses(config, data, clip, zero_shot, bench, seed)
+            setting = er_study.Setting(row, "zero-shot", 0.0, seed, 0)
+            points += with_ece(er_study.measure(bench, setting, 0, right), ece)
+    er_study.write(f"{config.out}/trajectories/methods-seed-{seed}.csv", points)
+    return points + courses(config, data, clip, zero_shot, bench, seed)
 
 
-def with_ece(checkpoints, ece, bench):
-    """Checkpoints of `measure`, and the ECE of the same model: {set: share}."""
-    shifts = list(bench.lines)
-    ece = ece | {"mean": float(np.mean([ece[s] for s in shifts]))}
-    at_home = ece[bench.lines[shifts[0]].id]
-    return [dataclasses.replace(c, ece_id=at_home, ece_ood=ece[c.shift]) for c in checkpoints]
+def with_ece(points, ece):
+    """Points of `measure`, and the ECE of the same model: {set: share}."""
+    ece = ece | {"mean": common.mean_shift(ece)}
+    return [dataclasses.replace(p, ece_id=ece[common.ID], ece_ood=ece[p.shift]) for p in points]
 
 
 def trainings(config, clip, data, zero_shot, seed):
@@ -348,27 +341,27 @@ def steps_of(name, config, data, clip, start):
 
 
 def courses(config, data, clip, zero_shot, bench, seed):
-    """Checkpoints of the methods' own trainings."""
+    """Points of the methods' own trainings."""
     import carot
 
     found = []
     for name, (used, start) in trainings(config, clip, data, zero_shot, seed).items():
-        per_epoch = math.ceil(len(data.train.labels) / used.batch)
-        run = {"run": f"{name}{COURSE}, seed {seed}", "model": config.model, "init": "zero-shot"}
-        run |= {"lr": used.lr, "seed": seed}
-        recipe = {f: getattr(used, f) for f in ("epochs", "batch", "warmup", "weight_decay")}
-        path = file_of(config, data, bench, run, [zero_shot.state_dict(), recipe])
-        steps = er_study.cadence(per_epoch, used.epochs)
-        trajectory = er_study.Trajectory(config, bench, path, run, steps, per_epoch)
-        for resume in trajectory.attempts():
+
+        def evaluations(todo, resume, name=name, used=used, start=start):
             again = dataclasses.replace(used, resume=resume)
             for done, model in steps_of(name, again, data, clip, start):
-                if trajectory.lacks(done):
+                if done in todo:
                     if name in ("FLYP", "CaRot"):
                         with contextlib.redirect_stdout(io.StringIO()):  # it has been said
                             model = carot.as_classifier(used, data, clip, model)
-                    trajectory.add(done, er_study.score(bench, model))
-        found += trajectory.checkpoints
+                    yield done, er_study.score(bench, model)
+
+        setting = er_study.Setting(name + COURSE, "zero-shot", used.lr, seed, used.epochs)
+        recipe = used.batch, used.warmup, used.weight_decay
+        key = [zero_shot.state_dict(), recipe, *fingerprints(data)]
+        per_epoch = common.steps_of_epoch(len(data.train.labels), used.batch)
+        steps = er_study.cadence(per_epoch, used.epochs)
+        found += er_study.record(config, bench, setting, key, steps, evaluations)
     return found
 
 
@@ -381,7 +374,7 @@ def print_at(groups, shift):
     """
     lines = []
     for name, runs in groups.items():
-        curves = [er_study.curve(checkpoints, shift) for checkpoints in runs.values()]
+        curves = [er_study.curve(points, shift) for points in runs.values()]
         cells = [er_study.over_runs([er_study.at_accuracy(c, a) for c in curves]) for a in AT]
         last = er_study.over_runs([c["er"][-1] for c in curves])
         if len(curves) == 1:
@@ -398,16 +391,12 @@ def print_at(groups, shift):
 
 def differences(groups, shift):
     """The same less the first row's: runs of one seed in pairs, interval of the mean over pairs."""
-    by_seed = {
-        name: {own[0].seed: er_study.curve(own, shift) for own in runs.values()}
-        for name, runs in groups.items()
-    }
-    (first, base), *others = by_seed.items()
-    lines = []
+    (first, base), *others = groups.items()
+    lines, at, curve = [], er_study.at_accuracy, er_study.curve
     for name, own in others:
-        pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+        seeds = [seed for seed in own if seed in base]
+        pairs = [(curve(own[seed], shift), curve(base[seed], shift)) for seed in seeds]
         if pairs:
-            at = er_study.at_accuracy
             gaps = [[at(x, a) - at(y, a) for x, y in pairs] for a in AT]
             gaps.append([x["er"][-1] - y["er"][-1] for x, y in pairs])
             lines.append([name, *map(er_study.over_runs, gaps)])
@@ -422,21 +411,28 @@ def print_points(groups, shift):
     """Points of `methods`: accuracy, ECE and ER with its interval; mean over seeds."""
     lines = []
     for name, runs in groups.items():
-        cells = []
-        for s in (shift, "mean"):
-            curves = [er_study.curve(checkpoints, s) for checkpoints in runs.values()]
-            ood, *er = (100 * np.mean([c[x][0] for c in curves]) for x in POINT)
-            own = [c for checkpoints in runs.values() for c in checkpoints if c.shift == s]
-            ece_ood = np.mean([c.ece_ood for c in own])
-            cells += [f"{ood:.1f}", f"{ece_ood:.3f}".lstrip("0"), er_study.with_interval(*er)]
-        at_home = f"{100 * np.mean([c['id'][0] for c in curves]):.1f}"
-        ece_id = np.mean([c.ece_id for c in own])
-        lines.append([name, at_home, f"{ece_id:.3f}".lstrip("0"), *cells])
+        home, away = (first_of(runs, s) for s in (shift, "mean"))
+        cells = [f"{100 * home['id']:.1f}", ece_cell(home["ece_id"])]
+        for p in (home, away):
+            er = er_study.with_interval(*(100 * p[k] for k in ("er", "er_lo", "er_hi")))
+            cells += [f"{100 * p['ood']:.1f}", ece_cell(p["ece_ood"]), er]
+        lines.append([name, *cells])
     header = ["method", "ID", "ECE", shift, "ECE", "ER [95 %]", "mean shift", "ECE", "ER [95 %]"]
     print("\n" + common.table(header, lines, "accuracy in %, ECE as a share, ER in points"))
 
 
-POINT = ("ood", "er", "er_lo", "er_hi")
+def first_of(runs, shift):
+    """{name of a number: its mean over seeds} of the first checkpoints; shares."""
+    curves = [er_study.curve(points, shift) for points in runs.values()]
+    names = ("id", "ood", "er", "er_lo", "er_hi", "ece_id", "ece_ood")
+    return {name: np.mean([c[name][0] for c in curves]) for name in names}
+
+
+def ece_cell(share):
+    return f"{share:.3f}".lstrip("0")
+
+
+COLUMNS = ("id", "er", "er_lo", "er_hi")
 COURSE = " in training"  # ends the names of `courses`
 FAMILIES = "Zero-shot,Linear classifier,E2E-FT,LP-FT,FLYP,CaRot,AdamW,L2-SP,Adam-SPD".split(",")
 MARKS = {"": "o", " +WSE": "s", " +OSE": "D", " +VRF": "^"}
@@ -454,9 +450,8 @@ def figure_points(config, lines, groups, in_training, shift):
                 numbers.append((s, name, *draw_point(axis, name, runs, s)))
             for name, runs in in_training.items():
                 numbers += [(s, name, *x) for x in draw_course(axis, name, runs, s)]
-            text = er_study.caption(lines[s]) if s in lines else f"mean of {len(lines)} shifts"
             axis.set(ylabel="ER, points [95 %]")
-            axis.set_title(f"ER on {text}", fontsize=8)
+            axis.set_title(f"ER on {s if s in lines else 'all shifts'}", fontsize=8)
         for ensemble, mark in MARKS.items():
             if ensemble:
                 axes[0].plot([], [], mark, color="0.4", ms=4, label=f"the same{ensemble}")
@@ -466,9 +461,8 @@ def figure_points(config, lines, groups, in_training, shift):
 def draw_point(axis, name, runs, shift):
     """A row of `methods`, mean over seeds.  -> ID accuracy, ER, its interval; percent, points"""
     family, _, ensemble = name.partition(" +")
-    curves = [er_study.curve(checkpoints, shift) for checkpoints in runs.values()]
-    columns = ("id", "er", "er_lo", "er_hi")
-    x, y, low, high = (100 * np.mean([c[k][0] for c in curves]) for k in columns)
+    p = first_of(runs, shift)
+    x, y, low, high = (100 * p[k] for k in COLUMNS)
     mark, colour = MARKS[f" +{ensemble}" if ensemble else ""], f"C{FAMILIES.index(family)}"
     spread, label = (None, None) if ensemble else ([[y - low], [high - y]], name)
     look = {"fmt": mark, "color": colour, "ms": 4, "lw": 0.8, "label": label}
@@ -479,10 +473,10 @@ def draw_point(axis, name, runs, shift):
 def draw_course(axis, name, runs, shift):
     """The trajectories of a method's trainings.  -> rows of percent and points"""
     colour, rows = f"C{FAMILIES.index(name.removesuffix(COURSE))}", []
-    for checkpoints in runs.values():
-        c = er_study.curve(checkpoints, shift)
+    for points in runs.values():
+        c = er_study.curve(points, shift)
         axis.plot(c["id"], 100 * c["er"], color=colour, lw=0.6, alpha=0.6, zorder=1)
-        rows += zip(*(100 * c[k] for k in ("id", "er", "er_lo", "er_hi")), strict=True)
+        rows += zip(*(100 * c[k] for k in COLUMNS), strict=True)
     return rows
 
 
@@ -494,26 +488,25 @@ def main(argv=None):
     (axis,) = common.choose(axis, known, "the first word")
     config = common.parse(Config, argv, __doc__)
     if config.plot:
-        testbed, lines, checkpoints = er_published.saved(config.plot)
+        bench, points = er_published.saved(config.plot)
     else:
         config, *world, bench = er_study.prepare(argv)
-        testbed, lines, checkpoints = bench.testbed, bench.lines, []
+        points = []
         for seed in range(config.seed, config.seed + config.seeds):
-            checkpoints += known[axis](config, *world, bench, seed)
-    groups, shift = er_study.by_run(checkpoints), er_study.best_line(lines)
-    er_study.print_lines(testbed, lines)
+            points += known[axis](config, *world, bench, seed)
+    groups, lines, shift = er_study.by_run(points), bench.lines, er_study.best_line(bench.lines)
+    er_study.print_lines(bench)
     if axis == "methods":
         in_training = {f + COURSE: groups[f + COURSE] for f in FAMILIES if f + COURSE in groups}
-        points = {n: runs for n, runs in groups.items() if n.partition(" +")[0] in FAMILIES}
-        print_points(points, shift)
-        figure_points(config, lines, points, in_training, shift)
+        rows = {n: runs for n, runs in groups.items() if n.partition(" +")[0] in FAMILIES}
+        print_points(rows, shift)
+        figure_points(config, lines, rows, in_training, shift)
         groups = in_training
     for s in (shift, "mean"):
         if groups:
             print_at(groups, s)
     if axis != "methods":
-        shown = config, testbed, lines, groups, (shift, "mean"), f"er_{axis}"
-        er_published.figure_shifts(*shown)
+        er_published.figure_shifts(config, lines, groups, (shift, "mean"), f"er_{axis}")
     return groups
 
 

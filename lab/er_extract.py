@@ -52,11 +52,7 @@ SETTINGS = ("lr", "wd", "epochs", "aug", "mix", "smoothing")
 
 def table(path, *columns):
     """[{column: text}] of a CSV file. Raises InputError where it, or a column, is missing."""
-    (_, header), *lines = testbeds.lines_of(path)
-    for name in columns:
-        if name not in header:
-            raise common.InputError(f"{path}: no column {name!r}; it has {', '.join(header)[:200]}")
-    return [dict(zip(header, cells, strict=True)) for _, cells in lines]
+    return testbeds.read_table(path, dict.fromkeys(columns, str))
 
 
 def count(path, share, images, half_digit):
@@ -191,7 +187,8 @@ def reproduced_rows(folder):
     path, rows, about = Path(folder) / "reproductions.csv", [], []
     short = {HOME: "id", **{s: s.rpartition("-")[2] for s in SETS if not s.startswith("val")}}
     short |= {HOME: "id", "imagenetv2-matched-frequency": "v2"}
-    for row in table(path, "method", "who", "independent", "source", *short.values()):
+    words = "method", "who", "independent", "source", "note"
+    for row in table(path, *words, *short.values()):
         if row["who"] != "paper" and all(row[column] for column in short.values()):
             shares = {s: float(row[column]) / 100 for s, column in short.items()}
             counts = {s: count(path, x, SETS[s][0], 1e-4) for s, x in shares.items()}

@@ -1,9 +1,11 @@
 """Real models beside the modern testbed: all that `er_study.py --testbed modern` leaves out.
 
-    python lab/er_modern.py    # 15 seconds; draws docs/er_modern.png into --out
+    python lab/er_modern.py    # 15 seconds
 
 After er_study.py's own report, on the same lines:
 
+    figure      docs/er_modern.png: ER against ID accuracy, a panel per shift
+    classes     lines and ER where ID has a shift's own classes, as in the 2020 testbed
     testbeds    the line of 957 models against that of the 2020 testbed, on the same axes; the line
                 of models trained with nothing but labels; how the ER of the pairs moves
     settings    72 fine-tunings of one CLIP ViT-B/32: ER against learning rate, epochs, ID accuracy
@@ -52,16 +54,14 @@ def of_role(testbed, role):
 
 def about(file, model="model"):
     """{model: {column: text}} of a file beside modern.csv."""
-    (_, header), *lines = testbeds.lines_of(testbeds.FOLDER / file)
-    rows = [dict(zip(header, cells, strict=True)) for _, cells in lines]
-    return {row[model]: row for row in rows}
+    return {row[model]: row for row in testbeds.read_table(testbeds.FOLDER / file)}
 
 
 def cells(points, model, shifts):
     """ER with its interval on every shift, in points; -: not known."""
     found = [points.get((model, s)) for s in shifts]
     return [
-        er_study.with_interval(*(100 * x for x in (p.er, p.low, p.high))) if p else "-"
+        er_study.with_interval(*(100 * x for x in (p.er, p.er_lo, p.er_hi))) if p else "-"
         for p in found
     ]
 
@@ -70,7 +70,67 @@ def header(shifts, *first):
     return [*first, *(f"ER on {SHORT[s]}" for s in shifts)]
 
 
-# --- two testbeds ---------------------------------------------------------------------------------
+# --- figure ---------------------------------------------------------------------------------------
+
+
+def series_of(testbed, direct):
+    """[(label, mark, models)] of the figure."""
+    soups = [m for m in of_role(testbed, "soup") if m.startswith("model_")]
+    found = [("72 fine-tunings of one CLIP ViT-B/32", "C2.", soups)]
+    for label, mark, ends in MARKS:
+        own = [m for m in of_role(testbed, "published") if m.endswith(ends)]
+        found.append((label, mark, own))
+    found.append(("CLIP and its like, zero-shot", "C0o", [zero_shot for zero_shot, _ in direct]))
+    tuned = [fine_tuned for _, fine_tuned in direct]
+    return [*found, ("the same, fine-tuned on ImageNet", "C3o", tuned)]
+
+
+def figure(config, measurement, points):
+    """ER against ID accuracy, a panel per shift: baseline, pairs, fine-tunings, published rows."""
+    header = ["shift", "series", "model", "id", "ood", "er", "lo", "hi"]
+    pairs = about("modern_pairs.csv", "fine-tuned").values()
+    direct = [(row["zero-shot"], row["fine-tuned"]) for row in pairs if not row["by way of"]]
+    series = series_of(measurement.testbed, direct)
+    with common.figure(f"{config.out}/figures/er_modern", header, 2, 2) as (axes, numbers):
+        for axis, (shift, line) in zip(axes.flat, measurement.lines.items(), strict=True):
+            er_study.logit_axis(axis, "x", 0.57, 0.905, "accuracy on ImageNet, %")
+            label = f"{len(line.er)} models trained on ImageNet-1k alone"
+            axis.plot(line.acc_id, 100 * line.er, ".", ms=2, color="0.7", label=label)
+            axis.axhline(0, color="0.4", lw=0.8)
+            columns = line.models, line.acc_id, line.acc_ood, line.er
+            numbers += [(shift, label, *row) for row in zip(*columns, strict=True)]
+            for pair in direct:
+                a, b = (points[model, shift] for model in pair)
+                axis.plot([a.id, b.id], [100 * a.er, 100 * b.er], color="0.8", lw=0.7, zorder=1)
+            for label, mark, models in series:
+                own = [points[model, shift] for model in models]
+                axis.plot([p.id for p in own], [100 * p.er for p in own], mark, ms=3.5, label=label)
+                rows = [(p.run, p.id, p.ood, p.er, p.er_lo, p.er_hi) for p in own]
+                numbers += [(shift, label, *row) for row in rows]
+            axis.set(ylabel="ER, points")
+            axis.set_title(f"{shift}: R² of the line {line.r2:.3f}", fontsize=8)
+        handles = axes[0, 0].get_legend_handles_labels()
+        axes[0, 0].figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7)
+
+
+# --- testbeds -------------------------------------------------------------------------------------
+
+
+def print_own_classes(config):
+    """Lines, and ER of the fine-tuned models, where ID has a shift's own classes. Zero-shot models
+    are known on all classes only.
+    """
+    testbed = testbeds.read("modern")
+    own = {s: at_home for s, at_home in testbed.id_of.items() if at_home != testbeds.HOME}
+    testbed = dataclasses.replace(testbed, name="modern, ID on the same classes", id_of=own)
+    measurement = er_study.new_measurement(config, testbed)
+    er_study.print_lines(measurement)
+    points, rows = er_study.studied_points(measurement), []
+    for model, row in about("modern_pairs.csv", "fine-tuned").items():
+        name = row["pair"] + " *" * bool(row["by way of"])
+        rows.append([name, *(f"{100 * points[model, s].er:+.1f}" for s in own)])
+    title = "ER in points after fine-tuning, ID on the shift's classes; *: by way of ImageNet-12k"
+    print("\n" + common.table(["pair", *own], rows, title))
 
 
 def with_labels_alone(testbed):
@@ -277,14 +337,11 @@ def print_at_equal_id(testbed, points, shifts):
 
 def main(argv=None):
     config = common.parse(er_study.Config, sys.argv[1:] if argv is None else argv, __doc__)
-    roles = testbeds.read("modern").studied
-    soups = [m for m, role in roles.items() if role == "soup" and m.startswith("model_")]
-    series = [("72 fine-tunings of one CLIP ViT-B/32", "C2.", soups)]
-    for label, mark, ends in MARKS:
-        own = [m for m, role in roles.items() if role == "published" and m.endswith(ends)]
-        series.append((label, mark, own))
-    testbed, lines, points = er_study.modern(config, series)
+    measurement, points = er_study.modern(config)
+    testbed, lines = measurement.testbed, measurement.lines
     shifts = list(lines)
+    figure(config, measurement, points)
+    print_own_classes(config)
     print_testbeds(testbed, lines, points)
     print_by_way(points, shifts)
     print_settings(points, shifts)
@@ -292,7 +349,7 @@ def main(argv=None):
     print_zero_shot(points, shifts)
     print_published(testbed, points, shifts)
     print_at_equal_id(testbed, points, shifts)
-    return testbed, lines, points
+    return measurement, points
 
 
 if __name__ == "__main__":

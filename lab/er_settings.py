@@ -31,9 +31,7 @@ E7  learning rates are constant; images are resized bilinearly, then cropped; ne
 
 import dataclasses
 import functools
-import math
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +163,7 @@ class World:
     """Splits that a model is run on, and the testbed's sets as views of their logits."""
 
     data: common.Data
-    splits: dict  # name -> Split: val, test, and the shifts with a published line
+    splits: dict  # name -> Split: test, and the shifts with a published line
     views: list  # (testbed's set, split, rows or None, labels, groups)
     bench: er_study.Measurement
 
@@ -255,26 +253,24 @@ def make_world(config, data):
     bench = er_study.new_measurement(config, testbed)
     n = {name: len(labels) for name, _, _, labels, _ in views}
     for ood, line in bench.lines.items():
-        sizes = n[line.id], n[ood]
-        close = sizes[0] == line.sizes[0] and {sizes[1], line.sizes[1]} == set(
-            trees.OBJECTNET_COUNTS
-        )
-        if sizes != line.sizes and not (close or config.incomplete):
+        found, known = ([sizes[s] for s in (line.id, ood)] for sizes in (n, testbed.n))
+        objects = trees.OBJECTNET_COUNTS  # of two versions, nearly equal
+        close = found[0] == known[0] and {found[1], known[1]} == set(objects)
+        if found != known and not (close or config.incomplete):
             raise common.InputError(
-                f"{ood} has {sizes[1]:,} images and its ID set {sizes[0]:,}, where the published"
-                f" line is of {line.sizes[1]:,} and {line.sizes[0]:,}: ER would compare different"
-                " sets. Complete the tree; --incomplete goes on, to try the command"
+                f"{ood} has {found[1]:,} images and its ID set {found[0]:,}, where the published"
+                f" line is of {known[1]:,} and {known[0]:,}: ER would compare different sets."
+                " Complete the tree; --incomplete goes on, to try the command"
             )
-        if sizes != line.sizes:
-            print(f"WARNING: {ood} and {line.id} are not the published sets: {sizes} images")
-        bench.lines[ood] = dataclasses.replace(line, sizes=sizes)
-    splits = {"val": data.val, "test": data.test} | {s.name: s for s in shifts.values()}
+        if found != known:
+            print(f"WARNING: {ood} and {line.id} are not the published sets: {found} images")
+    splits = {"test": data.test} | {s.name: s for s in shifts.values()}
     return World(data, splits, views, bench)
 
 
 def right_of(world, logits):
-    """{set of the testbed, and val: bool [N]}, from {split's name: [N, C]}."""
-    right = {"val": (logits["val"].argmax(1) == world.data.val.labels).numpy()}
+    """{set of the testbed: bool [N]}, from {split's name: [N, C]}."""
+    right = {}
     for name, split, rows, labels, groups in world.views:
         own = logits[split] if rows is None else logits[split][rows]
         right[name] = (common.project(own, groups).argmax(1) == labels).numpy()
@@ -284,14 +280,9 @@ def right_of(world, logits):
 def subset(config, data):
     """E7: data whose train is part of every class, and whose ID val is held out of the rest."""
     full = trees.find(config.data).train
-    try:
+    with trees.reading(f"--cscores {config.cscores!r}", "expected labels and scores, an .npz file"):
         with np.load(config.cscores, allow_pickle=False) as z:
             labels, scores = torch.from_numpy(z["labels"]), torch.from_numpy(z["scores"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = common.first_line(error)
-        raise common.InputError(
-            f"--cscores {config.cscores!r}: no file with labels and scores ({reason})"
-        ) from error
     if not torch.equal(labels, full.labels):
         raise common.InputError(
             f"{config.cscores}: its labels are not those of the training images in their order, so"
@@ -324,79 +315,65 @@ def outputs(config, model, split, transform):
     size = min(config.batch, 256)
     order = [[(j, 0) for j in range(i, min(i + size, n))] for i in range(0, n, size)]
     parts = []
-    for images, labels, _ in common.load_images(split, transform, order, config, device):
+    for images, _, _ in common.load_images(split, transform, order, config, device):
         with common.autocast(device, config.precision):
-            parts.append(model(images)[labels >= 0].float().cpu())
-    if sum(map(len, parts)) != n:
-        raise common.InputError(f"{split.name}: unreadable images; ER needs all of a published set")
+            parts.append(model(images).float().cpu())
     return torch.cat(parts)
 
 
-def rates(config):
-    return common.numbers(config.lr, "--lr")
+def record(config, world, name, init, key, steps, evaluations):
+    """Points of one run of config.lr and config.seed; `key`: what else shapes it."""
+    setting = er_study.Setting(name, init, float(config.lr), config.seed, config.epochs)
+    sets = (world.data.train, *world.splits.values())
+    key = [key, config.precision, *(common.fingerprint(s) for s in sets)]
+    return er_study.record(config, world.bench, setting, key, steps, evaluations)
 
 
-def trajectory_of(config, world, init, name, key, steps=None):
-    """Trajectory of one run of config.seed; its file is named by a hash of all that shapes it."""
-    data, per_epoch = world.data, math.ceil(len(world.data.train.labels) / config.batch)
-    model = config.model if "lambda" in name or init == "zero-shot" else config.arch
-    run = {"run": f"{name}, seed {config.seed}", "model": model, "init": init}
-    run |= {"lr": float(config.lr), "seed": config.seed}
-    key = [key, run, config.draws, config.precision, world.bench.testbed.models]
-    key += [world.bench.testbed.k]
-    key += [common.fingerprint(s) for s in (data.train, *world.splits.values())]
-    file = f"{common.slug(run['run'])}-{common.hash_of(key)}.csv"
-    path = Path(config.out) / "trajectories" / file
-    steps, per_epoch = steps or er_study.cadence(per_epoch, config.epochs), per_epoch
-    return er_study.Trajectory(config, world.bench, path, run, steps, per_epoch)
-
-
-def recipe_of(config, fields):
-    """{name: value}: the fields of Config, and how the rate goes."""
-    return {f: getattr(config, f) for f in fields} | {"lr": config.lr, "schedule": "constant"}
-
-
-FIELDS = ("epochs", "batch", "momentum", "weight_decay", "size", "clip", "precision", "head")
-
-
-def sgd(config, module):
-    decay = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-    return torch.optim.SGD(module.parameters(), config.lr, **decay)
+def recipe_of(config):
+    """{name: value} of the settings that shape a training."""
+    names = "lr epochs batch momentum weight_decay size clip precision head".split()
+    return {name: getattr(config, name) for name in names} | {"schedule": "constant"}
 
 
 def whole(config, world, build, transforms, init, lr, seed):
-    """E2, and BiT from a random start: all weights, SGD, one rate.  -> checkpoints"""
+    """E2, and BiT from a random start: all weights, SGD, one rate.  -> points"""
     config = dataclasses.replace(config, lr=lr, seed=seed)
     data, device, (train, test) = world.data, common.pick_device(config.device), transforms
     n, classes = len(data.train.labels), len(data.classes)
     part = f", {config.subset} {n}" if config.subset else ""
     name = f"{init}, {config.arch}{part}, lr {lr:g}"
-    key = recipe_of(config, FIELDS) | {"images": n, "data": common.fingerprint(data.train)}
-    start = build(config, classes, seed).state_dict()
-    trajectory = trajectory_of(config, world, init, name, [start, key])
-    for resume in trajectory.attempts():
-        used, model = dataclasses.replace(config, resume=resume), build(config, classes, seed)
-        model.to(device)
+    key = recipe_of(config) | {"images": n, "data": common.fingerprint(data.train)}
 
-        def loss_fn(batch, model=model):
-            return F.cross_entropy(model(batch[0]), batch[1])
+    def batches_from(first):
+        order = common.batches(n, config.batch, common.steps_of(config, n), seed, first)
+        for images, labels, _ in common.load_images(data.train, train, order, config, device):
+            yield images, labels
 
-        def batches_from(first):
-            order = common.batches(n, config.batch, common.steps_of(config, n), seed, first)
-            for images, labels, _ in common.load_images(data.train, train, order, config, device):
-                yield images[labels >= 0], labels[labels >= 0]
-
-        training = common.new_training(
-            used, name, model, sgd(config, model), loss_fn, batches_from, key
-        )
-        training.schedule = constant
-        for done in common.train_steps(used, training):
-            if trajectory.lacks(done):
+    def evaluations(todo, resume):
+        model = build(config, classes, seed).to(device)
+        for done in sgd_steps(config, name, model, batches_from, key, resume):
+            if done in todo:
                 model.eval()
                 sets = world.splits.items()
                 logits = {s: outputs(config, model, split, test) for s, split in sets}
-                trajectory.add(done, right_of(world, logits))
-    return trajectory.checkpoints
+                yield done, right_of(world, logits)
+
+    start = build(config, classes, seed).state_dict()
+    steps = er_study.cadence(common.steps_of_epoch(n, config.batch), config.epochs)
+    return record(config, world, name, init, [start, key], steps, evaluations)
+
+
+def sgd_steps(config, name, model, batches_from, key, resume):
+    """common.train_steps with SGD at a constant rate."""
+    decay = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+    optimiser = torch.optim.SGD(model.parameters(), config.lr, **decay)
+
+    def loss_fn(batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    training = common.new_training(config, name, model, optimiser, loss_fn, batches_from, key)
+    training.schedule = constant
+    return common.train_steps(dataclasses.replace(config, resume=resume), training)
 
 
 def frozen(config, world, transform):
@@ -415,42 +392,36 @@ def frozen(config, world, transform):
 
 def head_only(config, world, features, lr, seed):
     """E3: a linear head on frozen features; evaluated at every step, for the steps are few.
-    -> checkpoints
+    -> points
     """
     config = dataclasses.replace(config, lr=lr, seed=seed)
     y, device = world.data.train.labels, common.pick_device(config.device)
     n, classes = len(y), len(world.data.classes)
     total = common.steps_of(config, n)  # the last batch is the rest of an epoch
     name = f"head-only, {config.arch}, lr {lr:g}"
-    key = recipe_of(config, FIELDS) | {"images": n, "data": common.hash_of(features["train"], y)}
-    steps = list(range(total + 1)) if total <= 1000 else None
-    trajectory = trajectory_of(config, world, "head-only", name, key, steps)
-    for resume in trajectory.attempts():
-        used = dataclasses.replace(config, resume=resume)
+    key = recipe_of(config) | {"images": n, "data": common.hash_of(features["train"], y)}
+
+    def batches_from(first):
+        for rows in common.batches(n, config.batch, total, seed, first):
+            index = torch.tensor([i for i, _ in rows])
+            yield features["train"][index], y[index]
+
+    def evaluations(todo, resume):
         common.set_seed(seed)
         head = torch.nn.Linear(features["train"].shape[1], classes)
         if config.head == "zeros":  # Differs (E7): how the head starts is not said
             torch.nn.init.zeros_(head.weight)
             torch.nn.init.zeros_(head.bias)
         head.to(device)
-
-        def loss_fn(batch, head=head):
-            return F.cross_entropy(head(batch[0]), batch[1])
-
-        def batches_from(first):
-            for rows in common.batches(n, config.batch, total, seed, first):
-                index = torch.tensor([i for i, _ in rows])
-                yield features["train"][index], y[index]
-
-        training = common.new_training(
-            used, name, head, sgd(config, head), loss_fn, batches_from, key
-        )
-        training.schedule = constant
-        for done in common.train_steps(used, training):
-            if trajectory.lacks(done):
+        for done in sgd_steps(config, name, head, batches_from, key, resume):
+            if done in todo:
                 logits = {s: classified(head, features[s], device) for s in world.splits}
-                trajectory.add(done, right_of(world, logits))
-    return trajectory.checkpoints
+                yield done, right_of(world, logits)
+
+    steps = er_study.cadence(common.steps_of_epoch(n, config.batch), config.epochs)
+    if total <= 1000:
+        steps = range(total + 1)
+    return record(config, world, name, "head-only", key, steps, evaluations)
 
 
 @torch.inference_mode()
@@ -461,22 +432,23 @@ def classified(head, features, device):
 
 def regressions(config, world):
     """E4: zero-shot CLIP, and along L-BFGS for every lambda; lambda by ID val, never by a shift.
-    -> checkpoints
+    -> points
     """
     if config.weights == "random":
         config.weights, config.pretrained = "", "random"
     clip, zero_shot = common.zero_shot(config, world.data)
     device = zero_shot.head.weight.device
-    every = {"train": world.data.train, **world.splits}
+    every = {"train": world.data.train, "val": world.data.val, **world.splits}
     found = {s: common.frozen_features(config, zero_shot, x, clip)[0] for s, x in every.items()}
     x, y = found["train"].to(device), world.data.train.labels.to(device)
     key = [found["train"], y, zero_shot.head.weight]
-    plain = dataclasses.replace(config, lr=0.0)
-    start = trajectory_of(plain, world, "zero-shot", f"zero-shot, {config.model}", key, [0])
-    for _ in start.attempts():
+
+    def at_zero(todo, resume):
         logits = {s: classified(zero_shot.classify, found[s], device) for s in world.splits}
-        start.add(0, right_of(world, logits))
-    checkpoints, scores = list(start.checkpoints), []
+        yield 0, right_of(world, logits)
+
+    plain, name = dataclasses.replace(config, lr=0.0), f"zero-shot, {config.model}"
+    points, scores = record(plain, world, name, "zero-shot", key, [0], at_zero), []
     lambdas = common.numbers(config.lambdas, "--lambdas")
     for lam in lambdas:
         own = [*key, lam, config.max_iter]
@@ -486,20 +458,26 @@ def regressions(config, world):
             return {"steps": steps, "W": W}
 
         kept = common.cached(config, "lbfgs", own, compute)
-        used, steps = dataclasses.replace(config, lr=lam), kept["steps"].tolist()
+        weights = dict(zip(kept["steps"].tolist(), kept["W"], strict=True))
+
+        def along(todo, resume, weights=weights):
+            for step in sorted(todo):
+                logits = {s: linear(found[s], weights[step]) for s in world.splits}
+                yield step, right_of(world, logits)
+
+        used = dataclasses.replace(config, lr=lam)
         name = f"head-only, {config.model}, lambda {lam:.3g}"
-        trajectory = trajectory_of(used, world, "head-only", name, own, steps)
-        for _ in trajectory.attempts():
-            for step, W in zip(steps, kept["W"], strict=True):
-                if trajectory.lacks(step):
-                    logits = {s: found[s] @ W[:, :-1].T + W[:, -1] for s in world.splits}
-                    trajectory.add(step, right_of(world, logits))
-        checkpoints += trajectory.checkpoints
-        last = max(trajectory.checkpoints, key=lambda c: c.step)
-        scores.append(last.k_val / last.n_val)
+        points += record(used, world, name, "head-only", own, weights, along)
+        last = linear(found["val"], kept["W"][-1])
+        scores.append(common.accuracy(last, world.data.val.labels))
     best = scores.index(max(scores))
     print(f"lambda {lambdas[best]:.3g} of {len(lambdas)}, by ID val ({100 * scores[best]:.1f} %)")
-    return checkpoints
+    return points
+
+
+def linear(features, W):
+    """Logits of `logistic`'s weights.  [N, D], [C, D + 1] -> [N, C]"""
+    return features @ W[:, :-1].T + W[:, -1]
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -540,18 +518,19 @@ def main(argv=None):
     counts = dataclasses.replace(bench.testbed, right={})
     path = Path(config.out) / "trajectories" / "testbed.csv"
     common.write_file(path, functools.partial(testbeds.write, counts))
-    runs = [(lr, config.seed + i) for i in range(config.seeds) for lr in rates(config)]
+    rates = common.numbers(config.lr, "--lr")
+    runs = [(lr, config.seed + i) for i in range(config.seeds) for lr in rates]
     if experiment == "clip":
-        checkpoints = regressions(config, world)
+        points = regressions(config, world)
     elif experiment == "bit" and config.init == "pretrained":
         features = frozen(config, world, networks.bit_transform(kind, config.size))
-        checkpoints = [c for run in runs for c in head_only(config, world, features, *run)]
+        points = [p for run in runs for p in head_only(config, world, features, *run)]
     else:
         build = networks.six if experiment == "cifar" else networks.bit
         init = "random" if config.init == "random" else "new-head"
         how = build, networks.transforms(kind, config.size), init
-        checkpoints = [c for run in runs for c in whole(config, world, *how, *run)]
-    return er_study.report(config, bench.testbed, bench.lines, checkpoints, bench.redraws)
+        points = [p for run in runs for p in whole(config, world, *how, *run)]
+    return er_study.report(config, bench, points)
 
 
 if __name__ == "__main__":

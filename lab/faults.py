@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -52,35 +53,26 @@ COMMANDS = {
 NUMBERS = itertools.count()  # of the runs' logs
 
 
-class Run:
-    """One run of a script in a process group of its own; `said`: what it printed."""
+class Run(multiprocessing.get_context("fork").Process):
+    """One run of a script in a process group of its own, from now on."""
 
     def __init__(self, script, out, *words):
+        super().__init__()
+        self.script, self.words = script, ["--out", str(out), *map(str, words)]
         self.log = common.EMBEDDED.parent / f"{next(NUMBERS)}.log"
-        module, own = COMMANDS[script]
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                file = os.open(self.log, os.O_WRONLY | os.O_CREAT)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
-                torch.manual_seed(random.randrange(2**31))  # a new process has other numbers
-                forkserver._forkserver.__init__()  # and a server of its own for its loaders
-                sys.argv = [f"{script}.py"]
-                common.run(lambda: module.main([*own, "--out", str(out), *map(str, words)]))
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code or 0)
+        self.start()
+
+    def run(self):  # in the new process
+        os.setsid()
+        file = open(self.log, "w")
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # not pytest's
+        torch.manual_seed(random.randrange(2**31))  # a new process has other numbers
+        forkserver._forkserver.__init__()  # and a server of its own for its loaders
+        sys.argv = [f"{self.script}.py"]
+        module, own = COMMANDS[self.script]
+        common.run(lambda: module.main([*own, *self.words]))
 
     def cpu(self):
         """Seconds of CPU time so far; None once it has ended."""
@@ -92,29 +84,21 @@ class Run:
         return None if fields[0] == "Z" else ticks
 
     def until(self, condition, limit=600):
-        """Wait for condition() -> bool; whether it came true before the run ended."""
+        """Wait until condition() is true, or the run has ended."""
         end = time.monotonic() + limit
-        while time.monotonic() < end and self.cpu() is not None:
-            if condition():
-                return True
+        while time.monotonic() < end and self.cpu() is not None and not condition():
             time.sleep(0.002)
-        return False
 
-    def stop(self, number):
+    def stop(self, number=signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def wait(self, limit=600):
-        """Exit code; negative: the signal that ended it. None: still running after `limit`."""
-        end = time.monotonic() + limit
-        while time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.01)
-        self.stop(signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        return None
+        """Exit code; negative: the signal that ended it. It is killed after `limit` seconds."""
+        self.join(limit)
+        self.stop()
+        self.join()
+        return self.exitcode
 
     @property
     def said(self):
@@ -126,20 +110,27 @@ def complete(script, out, *words):
     return run.wait(), run.said
 
 
-def numbers_of(out, rows):
-    """All that a run found: its rows of results.jsonl, its CSVs, its checkpoints' tensors."""
+def numbers_of(out, rows=0):
+    """All that a run found: its rows of results.jsonl (of several runs the last), its CSVs, its
+    checkpoints' tensors.
+    """
     found = {}
     results = out / "results.jsonl"
     if results.is_file():
         lines = [json.loads(line) for line in results.read_text().splitlines()]
-        lines = [{k: v for k, v in line.items() if k != "run"} for line in lines]
-        found["results.jsonl"] = json.dumps(lines[-rows:] if rows else lines)
+        found["results.jsonl"] = [line | {"run": None} for line in lines[-rows:]]
     for path in sorted([*out.glob("figures/*.csv"), *out.glob("trajectories/*.csv")]):
         found[path.name] = path.read_bytes()
     for path in sorted(out.glob("checkpoints/*.pt")):
         saved = torch.load(path, weights_only=True)
         found[path.name] = common.hash_of(saved["model"], saved["step"])
     return found
+
+
+def difference(out, whole):
+    """The first thing that is not as `whole`, the numbers of an undisturbed run; None: all is."""
+    found = numbers_of(out, len(whole.get("results.jsonl", [])))
+    return next((name for name in whole | found if found.get(name) != whole.get(name)), None)
 
 
 def finished(out):
@@ -160,7 +151,7 @@ def kill(script, out, seconds, whole):
     """One kill -9 after so much CPU time and the same command again: (ok, what went wrong)."""
     run = Run(script, out)
     run.until(lambda: (run.cpu() or 0) >= seconds)
-    run.stop(signal.SIGKILL)
+    run.stop()
     ended = run.wait()
     done, open_ = finished(out)
     code, said = complete(script, out)
@@ -170,9 +161,7 @@ def kill(script, out, seconds, whole):
         return False, f"{lost[0]} was computed again"
     if lost := [p for p, step in open_.items() if f"continues {p} at step {step} of" not in said]:
         return False, f"{lost[0].name} was not continued"
-    found = numbers_of(out, whole["rows"])
-    if found != whole["numbers"]:
-        name = next(k for k in whole["numbers"] if found.get(k) != whole["numbers"][k])
+    if name := difference(out, whole):
         return False, f"{name} differs"
     if "Traceback" in said or "damaged" in said:
         return False, "a traceback, or a damaged file"
@@ -180,44 +169,28 @@ def kill(script, out, seconds, whole):
 
 
 def kills(script, folder, n):
-    """The rows of the table of kills."""
+    """(the script's row in the table of kills, numbers of the undisturbed run)"""
     run, used = Run(script, folder / "whole"), [0.0]
     run.until(lambda: used.append(run.cpu() or 0) or False)
     if code := run.wait():
         raise SystemExit(f"{script}: the undisturbed run ended with {code}:\n{run.said}")
-    whole = {"rows": 0, "numbers": numbers_of(folder / "whole", 0)}
-    whole["rows"] = len(json.loads(whole["numbers"].get("results.jsonl", "[]")))
-    rng, right, kinds, wrong = random.Random(0), 0, [], []
+    whole = numbers_of(folder / "whole")
+    rng, right, wrong = random.Random(0), [], []
     for i in range(n):
         share = (i + rng.random()) / n
         ok, what = kill(script, folder / f"kill{i}", share * max(used), whole)
-        right += ok
-        kinds.append(what) if ok else wrong.append(f"at {share:.0%}: {what}")
+        if ok:
+            right.append(what)
+        else:
+            wrong.append(f"at {share:.0%}: {what}")
         shutil.rmtree(folder / f"kill{i}")
-    continued = kinds.count("continued")
-    row = [script, f"{max(used):.1f} s", n, right, continued, "; ".join(wrong) or "-"]
-    print(f"{script}: {right} of {n} kills, {continued} continued a checkpoint", flush=True)
-    return row
+    continued = right.count("continued")
+    print(f"{script}: {len(right)} of {n} kills, {continued} continued a checkpoint", flush=True)
+    row = [script, f"{max(used):.1f} s", n, len(right), continued, "; ".join(wrong) or "-"]
+    return row, whole
 
 
 # --- one fault at a time ---
-
-
-@contextlib.contextmanager
-def mounted(path, *options):
-    """A file system at `path`; yields whether it could be mounted, which needs root."""
-    path.mkdir(parents=True, exist_ok=True)
-    done = (
-        shutil.which("mount")
-        and not subprocess.run(["mount", *options, str(path)], capture_output=True).returncode
-    )
-    if done and "ro,bind" in options:  # a bind mount becomes read-only in a second step
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(path)], check=True)
-    try:
-        yield bool(done)
-    finally:
-        if done:
-            subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def sentence(said):
@@ -234,38 +207,26 @@ def ctrl_c(script, folder, whole):
     if code != 130 or "Traceback" in said or not sentence(said).startswith("interrupted; the same"):
         return False, f"exit code {code}: {sentence(said)}"
     code, _ = complete(script, out)
-    same = numbers_of(out, len(json.loads(whole.get("results.jsonl", "[]")))) == whole
+    same = not difference(out, whole)
     return code == 0 and same, "exit code 130; the same command continues, bit-equal"
 
 
 def full_disk(script, folder, whole):
-    out = folder / "full"
-    with mounted(out, "-t", "tmpfs", "-o", "size=96k", "tmpfs") as done:
-        if not done:
-            return None, "skipped: mounting a small file system needs root"
-        code, said = complete(script, out / "out")
-    return unwritten(script, code, said)
-
-
-def unwritten(script, code, said):
-    """A script goes on without its files; er_study.py stops without its trajectories, which are
-    its result.
-    """
+    """er_study.py stops without its trajectories, which are its result; the others go on."""
+    disk = folder / "full"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return None, "skipped: mounting a small file system needs root"
+    try:
+        code, said = complete(script, disk / "out")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
     stops = script == "er_study" and "trajectories" in sentence(said)
-    ok = code == (2 if stops else 0) and "Traceback" not in said
-    lines = [x for x in said.splitlines() if "cannot be written" in x or "could not write" in x]
-    words = "stops in one sentence" if code == 2 else f"{len(lines)} files named, table complete"
-    return ok and bool(lines), words if ok else f"exit code {code}: {sentence(said)[:90]}"
-
-
-def read_only(script, folder, whole):
-    out = folder / "readonly"
-    (folder / "source").mkdir(exist_ok=True)
-    with mounted(out, "-o", "ro,bind", str(folder / "source")) as done:
-        if not done:
-            return None, "skipped: a read-only mount needs root"
-        code, said = complete(script, out / "out")
-    return unwritten(script, code, said)
+    n = sum("cannot be written" in line or "could not write" in line for line in said.splitlines())
+    if code != (2 if stops else 0) or "Traceback" in said or not n:
+        return False, f"exit code {code}: {sentence(said)[:90]}"
+    return True, "stops in one sentence" if stops else f"{n} files named, table complete"
 
 
 def cut_in_half(where):
@@ -286,8 +247,7 @@ def cut_in_half(where):
         named = victims[-1].name in said and "damaged" in said
         if where == "checkpoints" or victims[-1].name.startswith("best-"):  # SPD's chosen model
             return named and code == 2, "named, exit code 2" if named else "NOT NOTICED"
-        same = numbers_of(out, len(json.loads(whole.get("results.jsonl", "[]")))) == whole
-        ok = named and code == 0 and same
+        ok = named and code == 0 and not difference(out, whole)
         return ok, "named, computed anew, bit-equal" if ok else f"code {code}, named {named}"
 
     return fault
@@ -309,16 +269,11 @@ def damaged_weights(script, folder, whole):
 
 def two_at_once(script, folder, whole):
     out = folder / "two"
-    first = Run(script, out)
-    second = Run(script, Path(str(out)))
-    codes = first.wait(), second.wait()
-    rows = len(json.loads(whole.get("results.jsonl", "[]")))
-    same = numbers_of(out, rows) == whole
-    whole_lines = True
-    if rows:
-        whole_lines = len((out / "results.jsonl").read_text().splitlines()) == 2 * rows
-    ok = codes == (0, 0) and same and whole_lines
-    return ok, "both end, bit-equal" if ok else f"exit codes {codes}, equal {same}"
+    runs = Run(script, out), Run(script, out)
+    codes = [run.wait() for run in runs]
+    rows = [len(x.get("results.jsonl", [])) for x in (whole, numbers_of(out))]
+    ok = codes == [0, 0] and not difference(out, whole) and rows[1] == 2 * rows[0]
+    return ok, "both end, bit-equal" if ok else f"exit codes {codes}, {difference(out, whole)}"
 
 
 def dead_worker(script, folder, whole):
@@ -326,23 +281,15 @@ def dead_worker(script, folder, whole):
     out = folder / "worker"
     run = Run(script, out, "--workers", "2")
 
-    def loaders():
-        found = []
+    def kill_loaders():  # all, until the run ends: one that has done its work is not missed
         for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError):
-                if os.getpgid(int(path.name)) == run.pid and int(path.name) != run.pid:
-                    title = (path / "cmdline").read_bytes()
-                    parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-                    if b"forkserver" in title and int(parent) != run.pid:
-                        found.append(int(path.name))
-        return found
+            with contextlib.suppress(OSError):
+                pid = int(path.name)
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if os.getpgid(pid) == run.pid and run.pid not in (pid, parent):
+                    os.kill(pid, signal.SIGKILL)
 
-    def kill_them():  # one that has done its work is not missed: all, until the run ends
-        for pid in loaders():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    run.until(kill_them, 300)
+    run.until(kill_loaders, 300)
     code = run.wait(300)
     ok = code == 2 and "worker" in sentence(run.said) and "Traceback" not in run.said
     return ok, "one sentence, exit code 2" if ok else f"exit code {code}: {sentence(run.said)[:90]}"
@@ -360,7 +307,6 @@ def not_finite(script, folder, whole):
 FAULTS = {
     "Ctrl-C": ctrl_c,
     "disk full (96 KB)": full_disk,
-    "output folder read-only": read_only,
     "checkpoint cut in half": cut_in_half("checkpoints"),
     "cache cut in half": cut_in_half("cache"),
     "weights damaged": damaged_weights,
@@ -399,8 +345,8 @@ def tables(options, folder):
     start = time.monotonic()
     for script in options.script:
         warm(script, folder / script / "warm")
-        rows.append(kills(script, folder / script, options.kills))
-        whole = numbers_of(folder / script / "whole", 0)
+        row, whole = kills(script, folder / script, options.kills)
+        rows.append(row)
         for name in (f for f in options.faults if f in FAULTS):
             ok, what = FAULTS[name](script, folder / script, whole)
             verdict = {True: "ok", False: "WRONG", None: "-"}[ok]

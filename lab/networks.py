@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import common
+from data.trees import reading
 
 SIX = "alexnet resnet18 resnet50 resnet152 vgg11_bn wide_resnet50_2".split()
 
@@ -94,11 +95,6 @@ def no_weights(what, error):
 
 
 def state_of(path):
-    try:
+    with reading(f"--weights {path}", "expected a state dict, as torchvision's .pth is one"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    except Exception as error:  # a damaged file can fail in any way
-        reason = common.first_line(error)
-        raise common.InputError(
-            f"--weights {path}: no readable state dict ({reason}); expected torchvision's .pth"
-        ) from error

@@ -6,7 +6,6 @@ It reads runs/vrf and runs/er_study, or the two folders that are named behind it
 lab/pages/vrf.json and er_study.json. lab/pages.py puts them into the pages.
 """
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -45,9 +44,9 @@ def vrf_numbers(out):
     """
     config, data, clip, zero_shot = vrf.prepare(["--out", str(out)])
     models = vrf.train_models(config, data, clip, zero_shot, config.seed)  # from its checkpoints
-    rows, studies = vrf.evaluate(config, data, clip, models, config.seed)
+    _, studies = vrf.evaluate(config, data, clip, models, config.seed)
     name, (_, calibrated, found) = next(iter(studies.items()))
-    (ose,) = [r for r in rows if r.method == f"{name} +OSE calibrated"]
+    ose = vrf.ose_row("", config.seed, calibrated)
     sets = {}
     for split, x in calibrated.items():
         low, high = when_right(x.p_zs, x.p_ft, x.labels)
@@ -67,19 +66,19 @@ def er_numbers(out):
     testbed = testbeds.read(common.EMBEDDED / "testbeds" / "digits.npz")
     lines = {ood: er_study.baseline(testbed, ood) for ood in testbed.id_of}
     shift = er_study.best_line(lines)
-    runs = {}
+    line, runs = lines[shift], {}
+    n = [testbed.n[name] for name in (line.id, shift)]
     for path in sorted(Path(out, "trajectories").glob("*seed-0*.csv")):
-        for row in csv.DictReader(path.read_text().splitlines()):
-            if row["shift"] == shift:
-                run = runs.setdefault(row["run"].removesuffix(", seed 0"), {})
-                for column in ("step", "k_id", "k_ood"):
-                    run.setdefault(column, []).append(int(row[column]))
-    line, points = lines[shift], []
-    for model in line.models:
-        i = testbed.row(model)
-        points.append([int(testbed.k[s][i]) for s in (line.id, shift)])
+        for p in er_study.read(path):
+            if p.shift == shift:
+                run = runs.setdefault(p.run, {"step": [], "k_id": [], "k_ood": []})
+                run["step"].append(p.step)
+                run["k_id"].append(round(n[0] * p.id))
+                run["k_ood"].append(round(n[1] * p.ood))
+    accuracies = zip(line.acc_id, line.acc_ood, strict=True)
+    points = [[round(n[0] * a), round(n[1] * b)] for a, b in accuracies]
     fit = {"slope": line.slope, "intercept": line.intercept, "low": round(100 * line.low)}
-    fit |= {"shift": shift, "n": line.sizes, "models": len(points)}
+    fit |= {"shift": shift, "n": n, "models": len(points)}
     return fit | {"runs": runs, "testbed": points}
 
 

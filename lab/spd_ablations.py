@@ -9,6 +9,7 @@
             gated by the update, cautious decay
     heads   the classifier anchored at its start, or free (S2)
     lora    PEFT: LoRA on the image tower, AdamW against SPD with the zero anchor (pip install peft)
+    classes ImageNet-A and -R among all 1000 classes, by the models of spd.py (S8)
 
 Each prints its table and leaves PNG and CSV in OUT/figures. Strengths are fixed, not chosen.
 """
@@ -221,7 +222,7 @@ def rules(config, data, clip, start):
                 return optimiser(model.parameters(), **given)
 
             key = {"rule": rule, "strength": strength}
-            models[name] = spd.train(config, name, data, clip, start, make, key)
+            models[name], _ = spd.train(config, name, data, clip, start, make, key)
     header, rows = accuracies(config, data, clip, start, models)
     print("\n" + common.table(header, rows, "accuracy in %, by regulariser and strength"))
     with common.figure(f"{config.out}/figures/rules", header, columns=2) as (axes, numbers):
@@ -252,10 +253,13 @@ def heads(config, data, clip, start):
     """S2: the head's anchor."""
     models = {}
     for anchor in ("pretrained", "none"):
-        given = replace(config, head=anchor)
-        make = functools.partial(spd.optimiser_of, given, "Adam-SPD", 1.0)
-        key, name = {"strength": 1.0, "head": anchor}, f"head {anchor}"
-        models[name] = spd.train(given, name, data, clip, start, make, key)
+
+        def make(model, anchor=anchor):
+            groups = spd.param_groups(model, {"head.": {"anchor": anchor}})
+            return spd.AdamSPD(groups, lr=config.lr, spd_lambda=1.0)
+
+        name, key = f"head {anchor}", {"strength": 1.0, "head": anchor}
+        models[name], _ = spd.train(config, name, data, clip, start, make, key)
     header, rows = accuracies(config, data, clip, start, models)
     print("\n" + common.table(header, rows, "accuracy in %, strength 1, by the head's anchor"))
 
@@ -289,7 +293,36 @@ def lora(config, data, clip, start, rank=8):
     print("\n" + common.table(header, rows, f"accuracy in %, LoRA of rank {rank}, last epoch"))
 
 
-ABLATIONS = {f.__name__: f for f in (demo, inside, rules, heads, lora)}
+# --- classes --------------------------------------------------------------------------------------
+
+
+def classes(config, data, clip, start):
+    """S8: the models of spd.py, read where its --out is given, by the rule of the group's published
+    numbers: ImageNet-A and -R, which have 200 classes, are classified among all 1000.
+    """
+    if not any(split.groups for split in data.shifts):
+        raise common.InputError("classes: no set of these data has classes of its own")
+    models, rows = {"Zero-shot": start}, []
+    for name, recipe in spd.recipes(config).items():
+        make, key = functools.partial(spd.optimiser_of, config, *recipe), {"method": name}
+        models[name], _ = spd.train(config, name, data, clip, start, make, key)
+    for name, model in models.items():
+        right = {}
+        for split in (data.test, *data.shifts):
+            found = common.predict(config, {"": model}, replace(split, groups=None), clip)[""]
+            right[split.name] = among_all(found.logits, found.labels, split.groups)
+        rows.append(common.Row(name, config.seed, right))
+    print("\n" + common.accuracy_table(rows, "accuracy in %, among all classes of the data"))
+
+
+def among_all(logits, labels, groups):
+    """Whether the largest of all logits is of the label's group.  [N, C], [N] -> bool [N]"""
+    groups = groups or [[i] for i in range(logits.shape[1])]
+    pairs = zip(logits.argmax(1).tolist(), labels.tolist(), strict=True)
+    return torch.tensor([chosen in groups[label] for chosen, label in pairs])
+
+
+ABLATIONS = {f.__name__: f for f in (demo, inside, rules, heads, lora, classes)}
 
 
 def main(argv=None):
@@ -298,7 +331,7 @@ def main(argv=None):
         print(__doc__)
         return
     names = list(ABLATIONS) if argv[0] == "all" else common.choose(argv[0], ABLATIONS, "ablation")
-    config, data = common.setup(spd.Config, argv[1:], __doc__, spd.PRESETS, spd.open_data)
+    config, data = common.setup(spd.Config, argv[1:], __doc__, spd.PRESETS)
     clip, start = common.zero_shot(config, data)
     for name in names:
         try:

@@ -33,6 +33,17 @@ def test_an_images_order_moves_the_batches_ece_and_not_the_sets():
     assert found["at random", "ECE per 512"] < 0.1
 
 
+def test_batches_of_512_add_less_to_the_ece_the_more_overconfident_a_model_is():
+    generator, added = torch.Generator().manual_seed(0), []
+    confidence = 0.55 + 0.45 * torch.rand(50_000, generator=generator)
+    p = torch.stack([confidence, 1 - confidence], 1)
+    for off in (0.0, 0.02, 0.05, 0.1, 0.18):  # docs/differences.md, T7
+        wrong = (torch.rand(50_000, generator=generator) > confidence - off).long()
+        whole, batches = (ece(p, wrong) for ece in calibration.MEASURES.values())
+        added.append(batches - whole)
+    assert 0.02 < added[0] < 0.045 and added == sorted(added, reverse=True) and added[-1] < 0.003
+
+
 @pytest.mark.parametrize(
     "header, confidence, words",
     [

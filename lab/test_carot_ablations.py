@@ -143,8 +143,7 @@ def test_label_smoothing_moves_a_tenth_of_every_target_to_the_whole_batch():
     logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 0.0, 0.0]])
     target = 0.9 * torch.eye(3) + 0.1 / 3
     rows, columns = (-(target * z.log_softmax(1)).sum(1).mean() for z in (logits, logits.T))
-    none = carot.Config(oc=0.0, sd=0.0, cross_fnorm=0.0)
-    loss = ablations.with_label_smoothing(none, None, logits, None, None, None)
+    loss = carot.contrastive(logits) + ablations.label_smoothing(None, logits)
     torch.testing.assert_close(loss, (rows + columns) / 2)
 
 
@@ -191,13 +190,13 @@ def test_table_4s_ends_are_ft_flyp_and_carot(setting, capsys):
         assert of[key] == ablations.cells(ablations.means_of(row))
 
 
-def test_another_loss_is_another_training_and_carots_own_loss_gives_carot(setting):
-    def own(settings, f, logits, W_v, W_l, taught):
-        return carot.carot_loss(logits, W_v, W_l, taught)
+def test_another_term_is_another_training_and_one_that_is_zero_gives_carot(setting):
+    def nothing(f, logits):
+        return 0 * f.sum()
 
-    same = ablations.tuned(setting, 0, "same", own).state_dict()
+    same = ablations.tuned(setting, 0, "same", nothing).state_dict()
     carots = ablations.tuned(setting, 0).state_dict()
-    other = ablations.tuned(setting, 0, "same", ablations.with_sigma_min).state_dict()
+    other = ablations.tuned(setting, 0, "same", ablations.rival(0.2)).state_dict()
     assert all(torch.equal(same[k], carots[k]) for k in same)
     assert not torch.equal(other["head.weight"], same["head.weight"])
 

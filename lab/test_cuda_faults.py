@@ -6,11 +6,12 @@ FAULTS=all plants all 41, about 15 CPU seconds more."""
 import concurrent.futures
 import os
 
-import cuda_cases
 import emulator
 import pytest
 import torch
-from test_cuda_emulated import ADAM, replace, small_without_fallback
+from test_cuda_emulated import indistinct, replace, small_without_fallback
+from test_knn_kth_distance import assert_exact, clip_like
+from test_spd_step import assert_equals_the_reference, tensors_of
 
 pytestmark = pytest.mark.skipif(
     emulator.compiler() is None, reason="g++ not found: it compiles the CUDA kernels for the CPU"
@@ -36,7 +37,7 @@ SPD_FAULTS = {
     ),
     "sum: the last warp is left out": ("warp < kThreads / 32;", "warp < kThreads / 32 - 1;"),
     "adam: the last chunk runs over the end": ("end < t.size ? end : t.size,", "end,"),
-    "adam: tail one too short": ("? int(end - i) : kVector", "? int(end - i) - 1 : kVector"),
+    "adam: tail one too short": ("if (e >= count) continue;", "if (e >= count - 1) continue;"),
     "adam: tail one too long": ("if (e < count) to[e]", "if (e <= count) to[e]"),
     "adam: vectors without regard to alignment": ("all % 16 == 0}", "all % 4 == 0}"),
     "adam: every thread writes the chunk's sum": (
@@ -45,12 +46,12 @@ SPD_FAULTS = {
     ),
     "adam: chunks add to one place without atomics": ("partial[chunk] = sums", "partial[0] = sums"),
     "adam: launched with half the threads": (
-        "spd_adam_kernel<<<unsigned(chunks), kThreads,",
-        "spd_adam_kernel<<<unsigned(chunks), kThreads / 2,",
+        "spd_adam_kernel<<<blocks, kThreads,",
+        "spd_adam_kernel<<<blocks, kThreads / 2,",
     ),
     "adam: launched with one block less": (
-        "spd_adam_kernel<<<unsigned(chunks)",
-        "spd_adam_kernel<<<unsigned(chunks - 1)",
+        "spd_adam_kernel<<<blocks",
+        "spd_adam_kernel<<<blocks - 1",
     ),
     "factor: a tensor is left out": (
         "spd_factor_kernel<<<unsigned(count)",
@@ -107,22 +108,22 @@ KNN_FAULTS = {
         "++histogram[key >> shift & 255];",
     ),
     "select: digit chosen before all keys are counted": (
-        "  __syncthreads();\n  if (warp() == 0) {",
-        "  if (warp() == 0) {",
+        "    __syncthreads();\n    choose_digit(",
+        "    choose_digit(",
     ),
     "select: digit read before it is chosen": (
-        "  __syncthreads();\n  const Search next",
-        "  const Search next",
+        "  __syncthreads();\n  prefix = found[0];",
+        "  prefix = found[0];",
     ),
     "select: keys counted before the histogram is clear": (
-        "histogram[bin] = 0;\n  __syncthreads();",
+        "histogram[bin] = 0;\n    __syncthreads();",
         "histogram[bin] = 0;",
     ),
     "select: wrong distance of the running sum": (
         "distance < 32; distance *= 2",
         "distance < 32; distance *= 4",
     ),
-    "select: rank one too far": ("search = {0u, k - 1};", "search = {0u, k};"),
+    "select: rank one too far": ("select<1>(count, k - 1,", "select<1>(count, k,"),
     "distance: half the lanes are not added": ("bits /= 2) sum +=", "bits /= 4) sum +="),
     "refine: lanes leave before a ballot": (
         "    const Survivor mine =",
@@ -162,36 +163,19 @@ FAULTS = {
 
 def try_spd(library):
     """What a fault in spd_step must not survive: three schedules, ragged and unaligned tensors."""
-    for schedule in emulator.SCHEDULES:
-        params, anchors, m, v = cuda_cases.spd_tensors([3, 9001, 4096], 30)
-        params[1] = torch.cat([torch.zeros(1), params[1]])[1:]
-        state = cuda_cases.doubles((params, anchors, m, v))
-        grads = [p - a for p, a in zip(params, anchors, strict=True)]
-        conditions, total = torch.zeros(3, dtype=torch.float64), 0
-        for step in (1, 2):
-            grads = [-3.0 * step * g for g in grads]
-            given = None if schedule else conditions
-            report = library.spd_step(
-                params, anchors, grads, m, v, step, *ADAM.values(), 1.0, schedule, given
-            )
-            total = total - report[:, 0]
-            wanted = cuda_cases.spd_reference(
-                state, grads, step, *ADAM.values(), 1.0, None if schedule else total
-            )
-            assert torch.allclose(report, wanted, rtol=1e-5, atol=1e-6), "wrong sums"
-            assert given is None or torch.equal(given, total), "wrong conditions"
-        for found, wanted in zip(params, state[0], strict=True):
-            assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=1e-6), "wrong result"
+    for library.schedule in emulator.SCHEDULES:
+        lists = tensors_of([3, 9001, 4096])
+        lists[0][1] = torch.cat([torch.zeros(1), lists[0][1]])[1:]
+        first = library.schedule == 0
+        assert_equals_the_reference(lists, 4, signs="+-", accumulated=first, kernel=library)
 
 
 def try_knn(library):
-    for schedule in emulator.SCHEDULES:
-        queries = cuda_cases.features(2, 70, 31)
-        reference = cuda_cases.indistinct(queries, 300, 32)
-        for rows, k in ((300, 6), (40, 6), (60, 45)):  # the last one by brute force
-            found = library.knn_kth_distance(queries, reference[:rows], k, schedule)
-            wanted = cuda_cases.kth_distance(queries, reference[:rows], k)
-            assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-7), "wrong result"
+    for library.schedule in emulator.SCHEDULES:
+        queries = clip_like(2, 70, seed=31)
+        reference = indistinct(queries, 300, 32)
+        for rows, k in ((300, 6), (40, 6), (60, 45)):
+            assert_exact(library.knn_kth_distance, queries, reference[:rows], k)
 
 
 TRIALS = {
@@ -226,6 +210,7 @@ def test_the_correct_kernel_raises_no_alarm(name):
     "name, fault", [(name, fault) for name in FAULTS for fault in FAULTS[name]]
 )
 def test_the_planted_fault_is_found(mutants, name, fault):
+    library = emulator.Library(mutants[name, fault].result())
     with pytest.raises(AssertionError) as found:
-        TRIALS[name][0](emulator.Library(mutants[name, fault].result()))
+        TRIALS[name][0](library)
     print(f"{fault}: {str(found.value).splitlines()[0]}")

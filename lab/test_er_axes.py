@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from small import few_digits, use_digits  # noqa: E402
-from test_er_study import make_world, measurement_of, simulated, small  # noqa: E402
+from test_er_study import make_world, simulated  # noqa: E402
 
 import common  # noqa: E402
 import er_study  # noqa: E402
@@ -27,6 +28,10 @@ from lab import digits_testbed, er_axes, er_published  # noqa: E402
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+def first(split, n):
+    return dataclasses.replace(split, images=split.images[:n], labels=split.labels[:n])
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_the_shipped_bits_are_those_of_its_models_trained_again():
 def test_every_kind_of_model_learns():
     data = common.open_data()
     x, y = digits_testbed.grey(data.train)[:300], data.train.labels[:300]
-    few = small(data.test, 200)
+    few = first(data.test, 200)
     kinds = {"linear": dict(e=10), "knn": dict(k=3), "features": dict(w=128)}
     kinds |= {"mlp": dict(e=10, w=32, d=1, a=True)}
     kinds |= {"cnn": dict(e=25, w=8), "vit": dict(e=25, w=32, d=1)}
@@ -102,33 +107,36 @@ def test_counts_by_image_of_the_public_cifar_testbed(shared):
         assert all(a == b for a, b in pairs)
 
 
-def test_counts_by_image_of_the_public_imagenet_testbed(shared, capsys):
-    bed = er_published.read(shared / "imagenet_testbed.npz")
-    assert "fv_16k is left out" in capsys.readouterr().out
-    nobody = [int(er_study.nobody_right(r).sum()) for r in bed.right.values()]
-    assert nobody == [2397, 942, 503, 322]
-    v2 = [right for s, right in bed.right.items() if s != "imagenet-val"]
-    found = [round(er_published.dominance(right)[1].mean(), 4) for right in v2]
+def test_counts_by_image_of_the_public_imagenet_testbed(shared):
+    bed, embedded = testbeds.read(shared / "imagenet_testbed.npz"), testbeds.read("imagenet")
+    kept = [i for i, model in enumerate(bed.models) if model != "fv_16k"]  # broken: data/README.md
+    assert len(kept) == len(bed.models) - 1
+    right = {s: bits[kept] for s, bits in bed.right.items()}
+    assert [int(er_study.nobody_right(r).sum()) for r in right.values()] == [2397, 942, 503, 322]
+    v2 = [bits for s, bits in right.items() if s != "imagenet-val"]
+    found = [round(er_published.dominance(bits)[1].mean(), 4) for bits in v2]
     assert found == [0.0505, 0.0475, 0.0431]
-    row, embedded = bed.row("resnet50"), testbeds.read("imagenet")
-    own = embedded.row("resnet50")
+    row, own = bed.row("resnet50"), embedded.row("resnet50")
     assert [embedded.k[s][own] for s in bed.n] == [bed.k[s][row] for s in bed.n]
 
 
 def test_the_public_2020_table_gives_the_embedded_counts(shared):
-    table, embedded = (
-        er_published.read(shared / "robustness_top1s.csv"),
-        testbeds.read("imagenet2020"),
-    )
-    for s in embedded.n:
-        np.testing.assert_array_equal(table.k[s], embedded.k[s])
+    known = testbeds.read("imagenet2020")
+    with open(shared / "robustness_top1s.csv", newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    for s, n in known.n.items():
+        percent = np.array([float(rows[model][s] or "nan") for model in known.models])
+        np.testing.assert_array_equal(np.round(percent * n / 100), known.k[s])
 
 
-def test_published_testbeds_are_drawn_with_the_models_beside_them(tmp_path):
-    er_published.main(["imagenet2020", "--draws", "20", "--out", str(tmp_path)])
-    with open(tmp_path / "figures/er_imagenet2020.csv", newline="") as file:
-        assert len(list(csv.reader(file))) == 1 + 85 + 85 + 80 + 3 * 121
-    assert (tmp_path / "figures/er_imagenet2020.png").stat().st_size > 10_000
+def test_published_testbeds_are_printed_with_the_models_beside_them(tmp_path, capsys):
+    points = er_published.main(["imagenet2020", "--draws", "20", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.count("109 checkpoints of trainings from scratch: ER ") == 3
+    assert er_published.SCRATCH not in text
+    (clip,) = (p for p in points if p.run == "vit_b_32_clip_zeroshot" and p.shift == "imagenet-r")
+    (row,) = (x for x in text.splitlines() if x.startswith(clip.run))
+    assert f"{100 * clip.er:+.2f} [{100 * clip.er_lo:+.2f}, {100 * clip.er_hi:+.2f}]" in row
 
 
 def test_the_digits_have_their_tables_and_figures_by_image(tmp_path, monkeypatch, capsys):
@@ -148,32 +156,28 @@ def test_the_digits_have_their_tables_and_figures_by_image(tmp_path, monkeypatch
 def test_an_extrapolated_end_has_a_star(capsys):
     own = simulated(0.1)
     own[-1] = dataclasses.replace(own[-1], extrapolated=1)
-    er_axes.print_at({"x": {"x, seed 0": own}}, "away")
+    er_axes.print_at({"x": {0: own}}, "away")
     assert capsys.readouterr().out.count("] *") == 1
 
 
 def test_differences_are_of_runs_of_one_seed_in_pairs(capsys):
     """Whatever a seed does to both runs is not in their difference."""
 
-    def runs(name, more):
-        made = {}
-        for i in range(3):
-            own = simulated(0.04 * i + more, n=100_000, seed=i)
-            made[f"{name}, seed {i}"] = [dataclasses.replace(c, seed=i) for c in own]
-        return made
+    def runs(more):
+        return {i: simulated(0.04 * i + more, n=100_000, seed=i) for i in range(3)}
 
-    er_axes.differences({"x": runs("x", 0), "y": runs("y", 0.05)}, "away")
+    er_axes.differences({"x": runs(0), "y": runs(0.05)}, "away")
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("y ")]
     cells = re.findall(r"([+-]\d+\.\d) \[([+-]\d+\.\d), ([+-]\d+\.\d)\]", line)
     assert len(cells) == 3  # ID 80, 85 and the end; not all pass 90
     for mean, low, high in (map(float, c) for c in cells):
         assert mean == pytest.approx(5, abs=0.6) and high - low < 3
-    er_axes.differences({"x": runs("x", 0)}, "away")  # nothing to compare with
+    er_axes.differences({"x": runs(0)}, "away")  # nothing to compare with
     assert "less x" not in capsys.readouterr().out
 
 
 def test_runs_are_averaged_as_accuracies_with_the_interval_of_their_mean(capsys):
-    groups = {"x": {f"x, seed {i}": simulated(0.1, n=400, seed=i) for i in range(3)}}
+    groups = {"x": {i: simulated(0.1, n=400, seed=i) for i in range(3)}}
     ends = [er_study.curve(own, "away")["er"][-1] for own in groups["x"].values()]
     er_axes.print_at(groups, "away")
     assert er_study.over_runs(ends) in capsys.readouterr().out
@@ -216,7 +220,7 @@ def test_subsets_of_the_public_c_scores(shared):
 
 
 def test_wrongly_labelled_images_are_hard_for_models_that_did_not_see_them():
-    train = small(common.open_data().train, 400)
+    train = first(common.open_data().train, 400)
     y = train.labels.clone()
     y[:40] = (y[:40] + 3) % 10
     score = er_axes.held_out_score(digits_testbed.grey(train), y, folds=2)
@@ -252,15 +256,14 @@ def test_distillation_and_replay_add_what_they_say():
 def test_the_ends_of_the_mixed_weights_are_the_zero_shot_and_the_fine_tuned_model(
     world, monkeypatch, capsys
 ):
-    config, data, clip, zero_shot, _ = world
+    config, data, clip, zero_shot, bench = world
     monkeypatch.setattr(er_axes, "RATE", 1e-3)
-    bench = measurement_of(world)
-    setting = er_study.Setting("zero-shot", 1e-3, config.epochs, 0)
+    setting = er_study.Setting("zero-shot, lr 0.001", "zero-shot", 1e-3, 0, config.epochs)
     trained = er_study.follow(config, data, clip, zero_shot, bench, setting)
     mixed = er_axes.mixed(config, data, clip, zero_shot, bench, 0)
     assert len(list(Path(config.out).glob("checkpoints/zero-shot-*.pt"))) == 1  # read, not trained
     c, plain = (er_study.curve(own, "UCI") for own in (mixed, trained))
-    assert c["epoch"].tolist() == [i / 10 for i in range(11)]
+    assert c["step"].tolist() == list(range(11))
     for name in ("id", "ood"):
         assert c[name][0] == plain[name][0] and c[name][-1] == plain[name][-1]
     er_axes.print_at(er_study.by_run(mixed + trained), "UCI")
@@ -269,14 +272,14 @@ def test_the_ends_of_the_mixed_weights_are_the_zero_shot_and_the_fine_tuned_mode
 
 
 def test_difficulty_runs_from_scores_to_a_table_and_a_figure(world, monkeypatch, capsys):
-    config, data, clip, zero_shot, _ = world
+    config, *others = world
     monkeypatch.setattr(er_axes, "PER_CLASS", 1)
     config = dataclasses.replace(config, epochs=1)
-    args = config, data, clip, zero_shot, measurement_of(world), 0
+    args = config, *others, 0
     found = er_axes.difficulty(*args)
     groups = er_study.by_run(found)
     assert list(groups) == (names := ["easiest 10", "random 10", "hardest 10"])
-    starts = [own[0].k_ood for runs in groups.values() for own in runs.values()]
+    starts = [own[0].ood for runs in groups.values() for own in runs.values()]
     assert len(set(starts)) == 1  # all start from the zero-shot model
     assert max(c.step for c in found) == 3  # 3 epochs of one batch
     with monkeypatch.context() as patch:
@@ -290,16 +293,15 @@ def test_difficulty_runs_from_scores_to_a_table_and_a_figure(world, monkeypatch,
 
 
 def test_pretraining_runs_from_no_images_to_corpora_of_sizes_and_domains(world, monkeypatch):
-    config, data, clip, zero_shot, _ = world
+    config, data, clip, zero_shot, bench = world
     monkeypatch.setattr(er_axes, "CORPORA", {"16 images": (None, 16), "2 domains": (2, 32)})
     config = dataclasses.replace(config, epochs=1, epochs_random=1)
-    bench = measurement_of(world)
     found = er_axes.pretraining(config, data, clip, zero_shot, bench, 0, steps=2)
     starts = {c.run: c.init for c in found}
     assert starts == {
-        "random, lr 0.001, seed 0": "random",
-        "16 images, seed 0": "new-head",
-        "2 domains, seed 0": "new-head",
+        "random, lr 0.001": "random",
+        "16 images": "new-head",
+        "2 domains": "new-head",
     }
     kept = sorted(p.name for p in Path(config.out).glob("pretrained/*.npz"))
     assert kept == ["16-images-2-0.npz", "2-domains-2-0.npz"]
@@ -310,7 +312,7 @@ def test_pretraining_runs_from_no_images_to_corpora_of_sizes_and_domains(world, 
 def test_methods_have_ensembles_of_each_model_with_their_ece(world, tmp_path, capsys):
     import vrf
 
-    config, data, clip, zero_shot, bed = world
+    config, data, clip, zero_shot, bench = world
     words = f"--ab 1,1 --batch 16 --device cpu --out {tmp_path}".split()
     own, model = common.parse(vrf.Config, words, ""), er_study.new_head(copy.deepcopy(zero_shot), 0)
     found = er_axes.mixtures(own, data, clip, zero_shot, "E2E-FT", model, 0)
@@ -318,18 +320,17 @@ def test_methods_have_ensembles_of_each_model_with_their_ece(world, tmp_path, ca
     alone = common.predict(own, {"": model}, data.test, clip)[""].logits.softmax(1)
     torch.testing.assert_close(found["E2E-FT"]["test"], alone)
     for p in found.values():
-        assert list(p) == ["test", *bed.id_of]
+        assert list(p) == ["test", *bench.lines]
         torch.testing.assert_close(p["test"].sum(1), torch.ones(48))
     labels, p = {s.name: s.labels for s in (data.test, *data.shifts)}, found["E2E-FT +OSE"]
     ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
     right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
-    run = {"run": "E2E-FT +OSE, seed 0", "model": "m", "init": "zero-shot", "lr": 0.0, "seed": 0}
-    bench = measurement_of(world)
-    point = er_axes.with_ece(er_study.measure(bench, run, 0, 0.0, right), ece, bench)
+    setting = er_study.Setting("E2E-FT +OSE", "zero-shot", 0.0, 0, 0)
+    point = er_axes.with_ece(er_study.measure(bench, setting, 0, right), ece)
     assert [c.ece_id for c in point] == [ece["test"]] * 3
     assert [c.ece_ood for c in point] == [ece["Scan"], ece["UCI"], (ece["Scan"] + ece["UCI"]) / 2]
     er_study.write(tmp_path / "trajectories/methods-seed-0.csv", point)
-    testbeds.write(dataclasses.replace(bed, right={}), tmp_path / "trajectories/testbed.csv")
+    shutil.copy(Path(config.out) / "trajectories/testbed.csv", tmp_path / "trajectories")
     er_axes.main(["methods", "--plot", f"{tmp_path}/trajectories/*.csv", "--out", str(tmp_path)])
     assert f"{ece['UCI']:.3f}".lstrip("0") in capsys.readouterr().out
     assert (tmp_path / "figures/er_methods.png").stat().st_size > 10_000
@@ -338,21 +339,21 @@ def test_methods_have_ensembles_of_each_model_with_their_ece(world, tmp_path, ca
 def test_the_courses_of_all_methods_start_at_zero_shot_and_are_drawn(world, tmp_path, monkeypatch):
     sets = {"train": 48, "val": 48, "test": 48, "uci": 60, "fonts": 60}
     use_digits(monkeypatch, few_digits(tmp_path / "digits", sets))
-    config, data, clip, zero_shot, bed = world
-    config, bench = dataclasses.replace(config, out=str(tmp_path)), measurement_of(world)
+    config, data, clip, zero_shot, bench = world
+    config = dataclasses.replace(config, out=str(tmp_path))
     found = er_axes.courses(config, data, clip, zero_shot, bench, 0)
     names = ["E2E-FT", "LP-FT", "FLYP", "CaRot", "Adam-SPD"]
-    by_method = {n: [c for c in found if c.run == f"{n} in training, seed 0"] for n in names}
-    right = common.predict(config, {"": zero_shot}, data.test, clip)[""].right.sum()
+    by_method = {n: [c for c in found if c.run == f"{n} in training"] for n in names}
+    right = common.predict(config, {"": zero_shot}, data.test, clip)[""].right.numpy().mean()
     for name, own in by_method.items():
         epochs = 5 if name == "Adam-SPD" else 8
         assert sorted({c.step for c in own}) == er_study.cadence(1, epochs)
-        assert (own[0].k_id == right) == (name != "LP-FT"), name
+        assert (own[0].id == right) == (name != "LP-FT"), name
         assert len(list(tmp_path.glob(f"*/checkpoints/{common.slug(name)}-*.pt"))) == 1
     with monkeypatch.context() as patch:
         patch.setattr(er_axes, "steps_of", None)
         assert er_axes.courses(config, data, clip, zero_shot, bench, 0) == found
-    testbeds.write(dataclasses.replace(bed, right={}), tmp_path / "trajectories/testbed.csv")
+    shutil.copy(Path(world[0].out) / "trajectories/testbed.csv", tmp_path / "trajectories")
     er_axes.main(["methods", "--plot", f"{tmp_path}/trajectories/*.csv", "--out", str(tmp_path)])
     drawn = (tmp_path / "figures/er_methods.csv").read_text()
     assert all(f"{n} in training" in drawn for n in names)

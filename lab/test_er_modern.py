@@ -13,7 +13,9 @@ import pytest
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from test_er_study import PAIR, line_by_hand  # noqa: E402
 
 import common  # noqa: E402
 from data import testbeds  # noqa: E402
@@ -144,7 +146,7 @@ def test_the_extracts_are_small():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """er_modern's testbed, lines and points; what it printed; its folder."""
+    """er_modern's Measurement and points; what it printed; its folder."""
     out, printed = tmp_path_factory.mktemp("modern"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         found = er_modern.main(["--draws", "50", "--out", str(out)])
@@ -152,7 +154,8 @@ def report(tmp_path_factory):
 
 
 def test_rank_correlations_with_the_learning_rate_are_scipys(report):
-    (_, lines, points), text, _ = report
+    (measurement, points), text, _ = report
+    lines = measurement.lines
     with open(testbeds.FOLDER / "modern_soups.csv", newline="") as file:
         rates = {row["model"]: float(row["lr"]) for row in csv.DictReader(file) if row["lr"]}
     assert len(rates) == 71
@@ -170,7 +173,8 @@ def test_a_bootstrap_covers_the_rank_correlation_and_a_perfect_one_has_no_width(
 
 
 def test_differences_from_plain_fine_tuning_and_at_equal_accuracy_are_by_hand(report):
-    (_, lines, points), text, _ = report
+    (measurement, points), text, _ = report
+    lines = measurement.lines
     table = "VRF Table 1, ViT-B-32"
     gaps = [
         100 * (points[f"{table}: E2E-FT +VRF", s].er - points[f"{table}: E2E-FT", s].er)
@@ -189,6 +193,16 @@ def test_differences_from_plain_fine_tuning_and_at_equal_accuracy_are_by_hand(re
     assert f"{gap:+.1f} ({best:+.1f})" in row and f"  {len(near)}  " in row
 
 
+@pytest.mark.parametrize(("shift", "models"), [("imagenet-r", "957"), ("imagenet-a", "956")])
+def test_the_line_of_a_shifts_own_classes_stands_beside_it(report, shift, models):
+    text, own = report[1], f"val-on-{shift}-classes"
+    a, b, r2, er = line_by_hand(shift, own)
+    (row,) = [x.split() for x in text.splitlines() if x.startswith(shift) and own in x]
+    assert row[2:4] == [models, f"{a:.4f}"] and row[-4:-2] == [f"{b:.4f}", f"{r2:.4f}"]
+    row = [x.split() for x in text.splitlines() if x.startswith("ViT-B/32 OpenAI ")][-1]
+    assert row[-2 if shift == "imagenet-r" else -1] == f"{100 * er(PAIR[1]):+.1f}"
+
+
 def test_the_2020_line_is_beside_ours_and_the_same_models_move_little(report):
     rows = [x.split() for x in report[1].splitlines() if x.startswith("V2 ")]
     assert [row[-9] for row in rows] == ["957", "576", "85"]  # modern, labels alone, 2020
@@ -196,9 +210,12 @@ def test_the_2020_line_is_beside_ours_and_the_same_models_move_little(report):
     assert abs(float(rows[2][-4])) < 0.2
 
 
-def test_the_figure_says_what_is_not_ours(report):
+def test_the_figure_has_every_model_and_says_what_is_not_ours(report):
     drawn = (report[2] / "figures/er_modern.csv").read_text()
     for label in ("plain fine-tuning", "VRF", "CaRot"):
         assert f"{label} (published, not ours)" in drawn
+    for label, models in (("CLIP and its like", 13), ("the same, fine-tuned", 13)):
+        assert drawn.count(label) == 4 * models
+    assert drawn.count("ImageNet-1k alone") == 3 * 957 + 956
     assert drawn.count("72 fine-tunings") == 4 * 72
     assert (report[2] / "figures/er_modern.png").stat().st_size > 100_000

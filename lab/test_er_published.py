@@ -1,19 +1,18 @@
-"""lab/er_published.py: public files, and trajectories from their files."""
+"""lab/er_published.py: trajectories from their files."""
 
 import contextlib
-import csv
 import dataclasses
 import io
+import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_er_study import edited, follow, lines_of, make_world, put  # noqa: E402
+from test_er_study import edited, follow, make_world, put  # noqa: E402
 
 import common  # noqa: E402
 import er_study  # noqa: E402
@@ -35,62 +34,63 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(world):
+def points(world):
     return follow(world)
 
 
 @pytest.fixture(scope="module")
-def path(world, checkpoints):
+def path(world, points):
     (found,) = Path(world[0].out).glob("trajectories/zero-shot-*.csv")
     return found
 
 
-# --- trajectories from their files ----------------------------------------------------------------
-
-
-def test_replay_of_the_files_says_what_the_live_run_said(world, path, checkpoints):
-    config, _, _, _, bed = world
-    live = io.StringIO()
-    with contextlib.redirect_stdout(live):
-        er_study.report(config, bed, lines_of(world), checkpoints)
+def test_replay_of_the_files_says_what_the_live_run_said(world, path, points):
+    config, *_, measurement = world
+    bed = dataclasses.replace(measurement.testbed, name="testbed")
+    live_one = dataclasses.replace(measurement, testbed=bed, redraws=None)
+    with contextlib.redirect_stdout(io.StringIO()) as live:
+        er_study.report(config, live_one, points)
+    figure = Path(config.out) / "figures/er_study.csv"
+    drawn = figure.read_text()
+    assert drawn.count("\n") == 1 + 24 + len(points) // 3
     _, text = run("plot", path, "--out", config.out)
-    assert text == live.getvalue()
+    assert text == live.getvalue() and figure.read_text() == drawn
     assert "effective robustness on" in text
-    assert (Path(config.out) / "figures/er_study.png").stat().st_size > 10_000
-    with open(Path(config.out) / "figures/er_study.csv", newline="") as file:
-        assert len(list(csv.reader(file))) == 1 + 8 + len(checkpoints) // 3
+    assert figure.with_suffix(".png").stat().st_size > 10_000
 
 
-TRAJECTORY_FAULTS = [  # an edit of a trajectory, the words of the refusal
-    (put(3, "k_ood", "99"), "line 3: k_ood 99 of n_ood 60"),
-    (put(3, "k_val", ""), "line 3, column k_val: '', expected a whole number"),
-    (put(3, "beta", "61.2"), "line 3: beta 61.2 and er .* measured with another testbed"),
-    (put(3, "n_ood", "600"), "line 3: beta .* but the testbed's line gives"),
-    (put(2, "init", "frozen"), "line 2: init 'frozen'; expected zero-shot"),
-    (put(2, "shift", "Foo"), "line 2: the testbed has no shift 'Foo'"),
-    (put(2, "lr", "fast"), "line 2, column lr: 'fast', expected a number"),
-    (lambda rows: rows + rows[1:], "line .*: .'zero-shot, lr 0.001, seed 0', 0, 'Scan'. is in"),
-    (lambda rows: [*rows, rows[1][:9]], "9 cells under 25 columns"),
-    (lambda rows: [row[1:] for row in rows], "no column 'run'; it has model, init"),
+FAULTS = [  # an edit of a trajectory, the words of the refusal
+    (put(3, "ood", ""), "line 3, column ood: '', could not convert"),
+    (put(2, "step", "first"), "line 2, column step: 'first', invalid literal"),
+    (lambda rows: [row[1:] for row in rows], "no column 'run'; it has shift, id"),
+    (put(3, "er", "61.2"), "line 3: step 0 of .*, on UCI has er 61.2, .* with another testbed"),
+    (put(3, "ood", "61.2"), "line 3: .* has er .* it was measured with another testbed"),
+    (put(2, "shift", "Foo"), "line 2: .* on Foo has no line; the testbed has Scan, UCI"),
+    (put(2, "init", "frozen"), "line 2: .* has init 'frozen'; expected zero-shot"),
+    (lambda rows: rows + rows[1:], "step 0 of zero-shot, lr 0.001, seed 0, on Scan is there twice"),
+    (lambda rows: [*rows, rows[1][:9]], "9 cells under 17 columns"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("edit", "words"), TRAJECTORY_FAULTS)
-def test_a_wrong_trajectory_is_refused_by_line_and_column(world, path, edit, words, tmp_path):
+@pytest.mark.parametrize(("edit", "words"), FAULTS)
+def test_a_wrong_trajectory_is_refused_by_line_and_column(path, edit, words, tmp_path):
+    shutil.copy(path.parent / "testbed.csv", tmp_path)
     edited(path, tmp_path / "x.csv", edit)
     with pytest.raises(common.InputError, match=words):
-        er_published.checked([tmp_path / "x.csv"], lines_of(world))
+        er_published.saved(f"{tmp_path}/*.csv")
 
 
 def test_a_copied_trajectory_and_another_testbeds_are_refused(world, path, tmp_path):
-    copied = tmp_path / "copy.csv"
-    copied.write_text(path.read_text())
-    with pytest.raises(common.InputError, match="copy.csv, line 2: step 0 of .* in another file"):
-        er_published.checked([path, copied], lines_of(world))
-    bed = dataclasses.replace(world[4], n=world[4].n | {"UCI": 120})
-    testbeds.write(dataclasses.replace(bed, right={}), tmp_path / "testbed.csv")
-    with pytest.raises(common.InputError, match="it was measured with another testbed"):
-        run("plot", f"{tmp_path}/*.csv", "--out", tmp_path)
+    for file in (path, path.parent / "testbed.csv"):
+        shutil.copy(file, tmp_path)
+    shutil.copy(path, tmp_path / "copy.csv")
+    with pytest.raises(common.InputError, match="step 0 of .* on Scan is there twice"):
+        er_published.saved(f"{tmp_path}/*.csv")
+    bed = world[4].testbed
+    bed = dataclasses.replace(bed, n=bed.n | {"UCI": 120}, right={})
+    testbeds.write(bed, tmp_path / "testbed.csv")
+    with pytest.raises(common.InputError, match="was measured with another testbed"):
+        run("plot", f"{tmp_path}/{path.name}", "--out", tmp_path)
 
 
 def test_no_trajectories_are_said_in_one_sentence(tmp_path):
@@ -98,48 +98,11 @@ def test_no_trajectories_are_said_in_one_sentence(tmp_path):
         run("plot", tmp_path / "*.csv", "--out", tmp_path)
 
 
-# --- public files ---------------------------------------------------------------------------------
+def test_a_model_in_its_own_baseline_is_refused_at_any_size(tmp_path):
+    def edit(rows):
+        rows.append(["MODEL@999", "studied", *rows[1][2:]])
+        rows[1][0] = "MODEL@224"
 
-
-def write_percent(path, scale=100, rows=None):
-    """imagenet2020 in the form of the public table."""
-    known = testbeds.read("imagenet2020")
-    with open(path, "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["model", *known.n, "another setting"])
-        for i, m in enumerate(known.models):
-            share = [known.k[s][i] / n for s, n in known.n.items()]
-            out.writerow([m, *("" if np.isnan(x) else f"{scale * x:.5f}" for x in share), "7"])
-        out.writerows(rows or [])
-    return known
-
-
-def test_a_public_table_in_percent_becomes_counts_and_its_blanks_nan(tmp_path):
-    known = write_percent(tmp_path / "table.csv")
-    bed = er_published.read(tmp_path / "table.csv")
-    assert bed.studied == known.studied and np.isnan(bed.k["imagenet-r"]).any()
-    for s in known.n:
-        np.testing.assert_array_equal(bed.k[s], known.k[s])
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"scale": 1}, "column val: nothing is above 1 %; shares of 1?"),
-        ({"rows": [["FixPNASNet", *"1111117"]]}, "line 208: .'FixPNASNet',. is in line 5, too"),
-        ({"rows": [["x", "101", *"111117"]]}, "column val: '101', expected a number from 0 to 100"),
-        ({"rows": [["x", "n/a", *"111117"]]}, "line 208, column val: 'n/a', expected a number"),
-    ],
-)
-def test_a_wrong_public_table_is_refused_by_line_and_column(options, words, tmp_path):
-    write_percent(tmp_path / "table.csv", **options)
-    with pytest.raises(common.InputError, match=words):
-        er_published.read(tmp_path / "table.csv")
-
-
-def test_a_broken_public_model_is_left_out_with_a_sentence(tmp_path, capsys):
-    bits = np.packbits(np.eye(3, 16, dtype=bool), axis=1)
-    np.savez(tmp_path / "x.npz", models=["a", "fv_16k", "b"], val=bits, **{"val/n": 16})
-    bed = er_published.read(tmp_path / "x.npz")
-    assert bed.models == ["a", "b"] and bed.right["val"].shape == (2, 16)
-    assert "fv_16k is left out: its public ImageNetV2 predictions" in capsys.readouterr().out
+    edited(testbeds.FOLDER / "cifar10.csv", tmp_path / "own.csv", edit)
+    with pytest.raises(common.InputError, match="MODEL is in its own baseline on .*; take it out"):
+        run(tmp_path / "own.csv", "--draws", 20, "--out", tmp_path)

@@ -325,7 +325,9 @@ def test_the_run_of_er_study_is_above_the_line_by_what_the_script_says(built, br
         browser.move(run=name)
         for i in (0, len(run["step"]) // 2, len(run["step"]) - 1):
             browser.move(checkpoint=i)
-            acc_id, acc_ood = run["k_id"][i] / line.sizes[0], run["k_ood"][i] / line.sizes[1]
+            acc_id, acc_ood = (
+                run[k][i] / n for k, n in zip(("k_id", "k_ood"), given["n"], strict=True)
+            )
             er = er_study.effective_robustness(acc_id, acc_ood, line.slope, line.intercept)
             assert browser.exact("er") == pytest.approx(100 * er, abs=1e-6)
             assert browser.exact("step") == run["step"][i]

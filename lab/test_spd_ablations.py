@@ -15,12 +15,17 @@ from small import TINY, make_tree  # noqa: E402
 from test_spd import network, noisy, train  # noqa: E402
 
 import common  # noqa: E402
+import spd  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablations")
     tree = make_tree(root / "tree")
+    for i in range(3):  # a shift that has three of the ten classes
+        few = tree / "few" / f"hue_{i}"
+        few.parent.mkdir(exist_ok=True)
+        few.symlink_to(tree / "noisy" / f"hue_{i}")
     more = "--epochs 2 --lr 1e-3 --mixup 0 --cutmix 0 --drop-path 0".split()
     return ["--data", str(tree), "--out", str(root / "out"), *TINY, *more]
 
@@ -111,3 +116,26 @@ def test_lora_needs_peft_or_trains_the_factors(words, capsys):
     ablations.main(["lora", *words])
     text = capsys.readouterr().out
     assert numbers(text, "LoRA SPD 2")[-1] < numbers(text, "LoRA AdamW")[-1]
+
+
+def test_one_of_a_sets_own_classes_may_be_right_where_another_of_all_is_larger():
+    logits = torch.tensor([[0.0, 1, 2, 5], [0, 5, 2, 1], [3, 1, 2, 1]])
+    labels, groups = torch.tensor([0, 1, 0]), [[0, 3], [2]]
+    assert common.project(logits, groups).argmax(1).eq(labels).all()
+    assert ablations.among_all(logits, labels, groups).tolist() == [True, False, True]
+    assert ablations.among_all(logits, labels, None).tolist() == [False, True, True]
+
+
+def test_classes_reads_what_spd_has_trained_and_sets_with_all_classes_stay_the_same(
+    words, tmp_path, capsys
+):
+    words = *words, "--out", str(tmp_path), "--methods", "Adam-SPD", "--spd-lambda", "1"
+    own = common.accuracies(spd.main([*words, "--jobs", "1"]), "Adam-SPD 1")
+    capsys.readouterr()
+    ablations.main(["classes", *words])
+    text = capsys.readouterr().out
+    *found, _ = numbers(text, "Adam-SPD 1")  # the last is the average
+    few = list(own).index("few")
+    assert "trained before" in text and found.pop(few) <= list(own.values())[few] + 0.06
+    del own["few"]
+    assert found == pytest.approx(list(own.values()), abs=0.06)

@@ -69,11 +69,12 @@ def test_ratio_of_accuracies_by_hand_and_nan_where_zero_shot_is_never_right():
 
 
 def test_windows_cover_the_bulk_of_the_distances():
-    d = np.linspace(0, 10, 1001)
+    d = torch.linspace(0, 10, 1001)
     found = ablations.windows(d)
-    assert found[0] == pytest.approx((0.0, 0.1, 0.2)) and found[-1][1] == pytest.approx(9.9)
+    assert found[0][0] == pytest.approx(0.1) and found[-1][0] == pytest.approx(9.9)
+    assert d[found[3][1]].aminmax() == pytest.approx((0.3, 0.5), abs=0.011)
     narrow = ablations.windows(d / 100)  # eight windows even then
-    assert len(narrow) == 9 and narrow[1][1] - narrow[0][1] == pytest.approx(0.098 / 8)
+    assert len(narrow) == 9 and narrow[1][0] - narrow[0][0] == pytest.approx(0.098 / 8)
     assert ablations.windows(torch.full((5,), math.inf)) == []  # there is no failure set
 
 
@@ -88,7 +89,8 @@ def setting(tmp_path_factory):
     data.train.images, data.train.labels = data.train.images[:400], data.train.labels[:400]
     for s in (data.val, data.test, *data.shifts):
         s.images, s.labels = s.images[:160], s.labels[:160]
-    return ablations.set_up(config, data, *models)
+    (only,) = ablations.settings(config, data, *models)
+    return only
 
 
 @pytest.mark.parametrize("name", list(ablations.ABLATIONS))
@@ -112,57 +114,48 @@ def test_a_sweeps_ends_are_zero_shot_and_fine_tuned(setting, capsys):
     assert len(ends["0.0"]) == len(ends["1.0"]) == 1 and ends["0.0"] != ends["1.0"]
 
 
-def test_the_temperature_of_the_code_gives_vrfs_own_row(setting, capsys):
-    by_criterion = {line[0]: line[3:] for line in table_of(capsys, ablations.calibration, setting)}
-    own = ablations.vrf_row(setting, "", setting.outcome.d)
-    assert by_criterion["confidence"] == [own[1], *(f"{x:.1f}" for x in own[2:])]
-    assert by_criterion["off"] != by_criterion["confidence"]
-
-
-def test_the_codes_search_stops_within_a_thousandth_of_the_accuracy():
-    logits, labels = torch.tensor([[2.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1])
-    exact = 2 / math.log(3)  # where sigmoid(2 / T) = 3/4; .001 of confidence is .0089 of T
-    found = ablations.code_temperature(logits, labels)
-    assert found == pytest.approx(exact, abs=0.009) and found != pytest.approx(exact, abs=1e-6)
-    assert ablations.code_temperature(100 * logits, labels) == pytest.approx(100 * exact, abs=0.9)
-
-
-def test_controls_print_six_rows_of_each_model_and_an_oracle_is_never_behind(setting, capsys):
-    lines = table_of(capsys, ablations.controls, setting)
-    assert len(lines) == 6 and {line[0] for line in lines} == {"E2E-FT"}
-    assert [line[1] + line[2] for line in lines[:2]] == ["+OSEoracle", "+VRForacle"]
-    chosen = ablations.ose_percent(setting, setting.raw, vrf.ose_row("", 0, setting.raw).choice)
-    oracle = [float(cell) for cell in lines[0][3:]]
+def test_controls_print_eight_rows_and_a_gain_and_an_oracle_is_never_behind(setting, capsys):
+    *lines, gain = table_of(capsys, ablations.controls, setting)
+    assert len(lines) == 8 and {line[0] for line in lines} == {"E2E-FT"}
+    assert " ".join(gain).startswith("E2E-FT: VRF less OSE calibrated: ")
+    own = ablations.percent(setting, setting.outcome.p_vrf)
+    assert lines[0][2:-1] == [f"{x:.1f}" for x in own]
+    alpha = vrf.ose_row("", 0, setting.raw).choice
+    chosen = ablations.percent(setting, vrf.ose_scores(setting.raw, alpha))
+    oracle = [float(cell) for cell in lines[-2][3:]]
     assert all(bound >= x - 0.05 for bound, x in zip(oracle, chosen, strict=True))
 
 
-def test_an_oracle_is_tuned_on_the_set_itself():
+def test_an_oracle_is_tuned_on_the_set_itself(setting):
     """ZS is always right on one set and FT on the other: OSE takes alpha 0 and 1, VRF the ends."""
     zs, ft = torch.tensor([[0.9, 0.1]] * 4), torch.tensor([[0.1, 0.9]] * 4)
     labels = {"val": torch.ones(4), "a": torch.zeros(4), "b": torch.ones(4)}
-    sets = {s: vrf.Samples(None, zs, ft, y.long()) for s, y in labels.items()}
-    d = {s: torch.ones(4) for s in sets}
-    rows = ablations.oracles([(0.1, 0.1), (2.0, 0.1)], "FT", 0, sets, sets, d)
-    assert [r.method for r in rows] == ["FT +OSE oracle", "FT +VRF oracle"]
-    for row in rows:
+    v = torch.tensor([[0.6, 0.8]] * 4)
+    sets = {split: vrf.Samples(v, zs, ft, y.long()) for split, y in labels.items()}
+    V = torch.tensor([[1.0, 0.0]])
+    s = dataclasses.replace(setting, V=V, predictions=sets, raw=sets, calibrated=sets)
+    for row in ablations.oracles(s):
         assert set(row.right) == {"a", "b"} and all(x.all() for x in row.right.values())
 
 
-def test_the_ensemble_of_logits_is_by_hand():
+def test_the_ensemble_of_logits_is_by_hand(setting):
     zs, ft = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 1.0]])  # over T: (2, 0), (0, 2)
-    labels = torch.tensor([1])
-    v = torch.ones(1, 1)
-    of = {"ZS": common.Prediction(v, zs, labels), "FT": common.Prediction(v, ft, labels)}
-    row = vrf.ose_row("", 0, ablations.logits_of({"val": of, "test": of}, "FT", 2.0, 0.5))
+    v, labels = torch.ones(1, 1), torch.tensor([1])
+    of = {"ZS": common.Prediction(v, zs, labels), "E2E-FT": common.Prediction(v, ft, labels)}
+    raw = dict.fromkeys(("val", "test"), vrf.Samples(v, None, None, labels))
+    s = dataclasses.replace(setting, raw=raw, predictions={"val": of, "test": of})
+    row = vrf.ose_row("", 0, ablations.logits_of(s, 2.0, 0.5))
     assert row.choice == 0.6  # at 0.5 both classes are level, and the first of them is wrong
     assert row.right["test"].all()
 
 
-def test_the_source_of_eq_3_gives_vrfs_own_row(setting, capsys):
+def test_the_source_of_eq_3_gives_vrfs_own_row_and_as_many_failures(setting, capsys):
     lines = table_of(capsys, ablations.source, setting)
-    own = ablations.vrf_row(setting, "", setting.outcome.d)
-    assert lines[0][3:] == [own[1], *(f"{x:.1f}" for x in own[2:])]
-    assert len(ablations.zero_shot_failures(setting)) == len(setting.outcome.V)
+    own = ablations.vrf_cells(setting, setting.outcome)
+    assert lines[0][3:] == [own[0], *(f"{x:.1f}" for x in own[1:])]
+    every, V_zs = ablations.zero_shot_errors(setting)
+    assert len(every) > len(V_zs) == len(setting.V)
+    assert all((every == v).all(1).any() for v in setting.V)
 
 
 def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(
@@ -170,16 +163,14 @@ def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(
 ):
     n, labels = 100, torch.zeros(100).long()
     zs, ft = torch.tensor([[0.0, 1.0]] * n), torch.tensor([[1.0, 0.0]] * n)  # FT right, ZS wrong
-    sets = dict.fromkeys(("val", common.ID, "far"), vrf.Samples(None, zs, ft, labels))
-    predictions = {}
-    for split in sets:
+    sets, predictions = {}, {}
+    for split in ("val", common.ID, "far"):
         v = torch.full((n, 1), float(split == "far"))
+        sets[split] = vrf.Samples(v, zs, ft, labels)
         logits = {"ZS": zs, "E2E-FT": ft}
         predictions[split] = {m: common.Prediction(v, x, labels) for m, x in logits.items()}
-    outcome = dataclasses.replace(setting.outcome, d={s: torch.ones(n) for s in sets})
-    s = dataclasses.replace(
-        setting, raw=sets, calibrated=sets, predictions=predictions, outcome=outcome
-    )
+    outcome = dataclasses.replace(setting.outcome, p_vrf=dict.fromkeys(sets, ft))
+    s = dataclasses.replace(setting, raw=sets, predictions=predictions, outcome=outcome)
     monkeypatch.setattr(
         ablations,
         "detector_scores",
@@ -190,7 +181,8 @@ def test_selective_prediction_takes_fine_tuned_where_the_score_is_high(
 
 
 def test_detectors_by_hand_and_far_features_score_lower(setting):
-    x, y = ablations.train_features(setting)
+    x, y = ablations.train_features(setting, "E2E-FT")
+    x = F.normalize(x, dim=1)
     class_wise, background = ablations.gaussians(x, y), ablations.gaussians(x, 0 * y)
     v, logits = setting.raw["val"].v, setting.predictions["val"]["E2E-FT"].logits
     near = ablations.detector_scores(v, logits, x, class_wise, background)

@@ -3,26 +3,25 @@
     python lab/vrf_ablations.py all                    # digits: all, 1 minute after vrf.py
     python lab/vrf_ablations.py grid --data /imagenet  # one; takes every flag of vrf.py
 
-    ratio        Figs. 1b, 2, 13      why it works        sweep    Tabs. 8, 9, Fig. 5b  one alpha
-    controls     Tab. 11, A6, A7      rows and bounds     grid     Tab. 10, Figs. 6, 10   a and b
-    reference    Fig. 4               distance to V, all  linear   Tab. 4                  the LC
-    k_share      Fig. 5c              k as a share of V   source   A3, Eq. 3          what V holds
-    weights      Tab. 6, Fig. 6c      form of the weight  images   Fig. 7             near and far
-    selective    Tabs. 5, 13          a model per sample  timing   Fig. 8              search by k
-    mean_weight  Fig. 5a              by set              g_star   Fig. 9           least variance
-    calibration  A6                   temperatures
+    ratio        Figs. 1b, 2, 13  why it works       sweep     Tabs. 8, 9, Fig. 5b  one alpha
+    controls     Tab. 11, A6, A7  rows and bounds    grid      Tab. 10, Figs. 6, 10 a and b
+    reference    Fig. 4           distance to all    source    A3, Eq. 3            what V holds
+    k_share      Fig. 5c          share k of V       selective Tabs. 5, 13          ZS or FT
+    weights      Tab. 6, Fig. 6c  form of w          g_star    Fig. 9               least variance
+    mean_weight  Fig. 5a          by set             images    Fig. 7               near and far
+
+Tab. 4, the linear classifier, is `python vrf.py --methods LC --ensemble LC`.
 
 Each prints its table, and most leave a PNG and a CSV in OUT/figures. Models, predictions and the
-zero-shot errors on train are vrf.py's, from its caches. All but `controls` and `linear` study the
-first model of --methods that has ensembles (E2E-FT), in the run --seed. alpha, a and b are chosen
-on ID val wherever the paper's table does not sweep them.
+failure sets are vrf.py's, from its caches. All but `controls` study the first model of --methods
+that has ensembles (E2E-FT), in the run --seed. alpha, a and b are chosen on ID val wherever the
+paper's table does not sweep them.
 """
 
 import copy
 import dataclasses
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Setting:
     clip: common.Clip
     models: dict  # {name: Classifier}
     name: str  # of the fine-tuned model
-    errors: vrf.ZeroShotErrors
+    V: torch.Tensor  # [M, D], its failure set
     predictions: dict  # {split: {name: Prediction}}
     T: dict  # {name: temperature}
     raw: dict  # {split: Samples}
@@ -58,63 +57,48 @@ class Setting:
         return [split for split in self.predictions if split != "val"]
 
 
-def set_up(config, data, clip, zero_shot):
-    """Setting of the first model with ensembles; trains only what vrf.py has not."""
+def settings(config, data, clip, zero_shot):
+    """A Setting of each model with ensembles, of run --seed; trains only what vrf.py has not."""
     models = vrf.train_models(config, data, clip, zero_shot, config.seed)
-    errors = vrf.zero_shot_errors(config, data, clip, models)
-    if not errors:
-        raise common.InputError("--methods, --ensemble: no model in both, so there is no ensemble")
-    name, predictions = next(iter(errors)), vrf.predict_sets(config, data, clip, models)
-    T = vrf.fit_temperatures(config, predictions["val"])
-    raw = vrf.samples_of(predictions, name)
-    calibrated = vrf.samples_of(predictions, name, T["ZS"], T[name])
-    outcome = vrf.run_algorithm_1(config, errors[name], calibrated)
-    sizes, (a, b) = f"|V| = {len(outcome.V)}, k = {outcome.k}", outcome.ab
-    print(f"{name}, seed {config.seed}: {sizes}, a = {a:.3g}, b = {b:.3g}")
-    seen = errors[name], predictions, T, raw, calibrated, outcome
-    return Setting(config, data, clip, models, name, *seen)
+    predictions = vrf.predict_sets(config, data, clip, models)
+    T, found = vrf.fit_temperatures(config, predictions["val"]), []
+    for name, V in vrf.failure_sets(config, data, clip, models).items():
+        raw = vrf.samples_of(predictions, name)
+        calibrated = vrf.samples_of(predictions, name, T["ZS"], T[name])
+        outcome = vrf.run_algorithm_1(config, V, k_of(config, data, V), calibrated)
+        seen = predictions, T, raw, calibrated, outcome
+        found.append(Setting(config, data, clip, models, name, V, *seen))
+    return found
 
 
-def distances(config, sets, V, k):
-    """{split: d [N]} of {split: Samples} to another V, or to another neighbour."""
-    device, power = common.pick_device(config.device), 2 if config.distance == "code" else 1
-    return {s: vrf.fast_knn(device, x.v, V, k) ** power for s, x in sets.items()}
+def k_of(config, data, V):
+    return vrf.neighbours(len(V), len(data.train.labels), config.k_rule, config.p)
 
 
-def choose_ab(sets, d, grid, weight=vrf.weight):
-    """The (a, b) that is best on ID val; of equals the first."""
-    x = sets["val"]
-
-    def accuracy(ab):
-        return common.accuracy(vrf.vrf(x.p_zs, x.p_ft, weight(d["val"], *ab)), x.labels)
-
-    return max(grid, key=accuracy)
+def rerun(s, sets, V):
+    """Outcome of Algorithm 1 with other {split: Samples} or another V."""
+    return vrf.run_algorithm_1(s.config, V, k_of(s.config, s.data, V), sets)
 
 
-def vrf_row(s, name, d, grid=None, weight=vrf.weight):
-    """Table row of VRF with distances d {split: [N]}: (a, b) by ID val, then the accuracies."""
-    ab = choose_ab(s.calibrated, d, grid or vrf.ab_grid(s.config), weight)
-    return [name, "/".join(f"{x:.2g}" for x in ab), *vrf_percent(s, ab, d, weight)]
+def mixed(s, split, ab, weight=vrf.weight):
+    """P_vrf of a split with this (a, b) and this form of the weight.  -> [N, C]"""
+    x = s.calibrated[split]
+    return vrf.vrf(x.p_zs, x.p_ft, weight(s.outcome.d[split], *ab))
 
 
-def vrf_percent(s, ab, d=None, weight=vrf.weight):
-    """`percent` of VRF with this (a, b)."""
-    d, mixed = d or s.outcome.d, {}
-    for split in s.tests:
-        x = s.calibrated[split]
-        mixed[split] = vrf.vrf(x.p_zs, x.p_ft, weight(d[split], *ab))
-    return percent(s, mixed)
-
-
-def ose_percent(s, sets, alpha):
-    """`percent` of OSE on {split: Samples}."""
-    return percent(s, {x: vrf.ose(sets[x].p_zs, sets[x].p_ft, alpha) for x in s.tests})
+def mixed_percent(s, ab, weight=vrf.weight):
+    return percent(s, {split: mixed(s, split, ab, weight) for split in s.tests})
 
 
 def percent(s, scores):
     """[accuracy of every reported set, mean under shift] in %, of {split: scores [N, C]}."""
     share = {x: 100 * common.accuracy(scores[x], s.raw[x].labels) for x in s.tests}
     return [*share.values(), common.mean_shift(share)]
+
+
+def vrf_cells(s, outcome):
+    """["a/b", *percent] of Algorithm 1's Outcome."""
+    return ["/".join(f"{x:.2g}" for x in outcome.ab), *percent(s, outcome.p_vrf)]
 
 
 def print_table(title, header, rows):
@@ -145,10 +129,10 @@ def draw(s, name, xlabel, ylabel, curves, line="o-", **settings):
 
 def ratio(s):
     """Figs. 1b, 2: Acc_ft / Acc_zs by distance, over all sets, and the weight; Fig. 13: by set."""
-    rows, curves, d = [], {}, s.outcome.d
+    rows, curves = [], {}
     for name in ("all sets", *s.tests):
         sets = {split: s.raw[split] for split in s.tests if name in ("all sets", split)}
-        bins = ratio_by_distance(d, sets)
+        bins = ratio_by_distance(s.outcome.d, sets)
         curves[name] = [b[0] for b in bins], [b[1] for b in bins]
         for centre, r, zs, ft, n in bins:
             rows.append([name, f"{centre:.2f}", f"{r:.2f}", 100 * zs, 100 * ft, n])
@@ -167,122 +151,86 @@ def ratio_by_distance(d, sets):
     """
     zs = torch.cat([x.p_zs.argmax(1) == x.labels for x in sets.values()])
     ft = torch.cat([x.p_ft.argmax(1) == x.labels for x in sets.values()])
-    d, rows = torch.cat([d[split] for split in sets]), []
-    for low, centre, high in windows(d):
-        inside = (d >= low) & (d <= high)
-        n, right_zs, right_ft = int(inside.sum()), int(zs[inside].sum()), int(ft[inside].sum())
+    rows = []
+    for centre, inside in windows(torch.cat([d[split] for split in sets])):
+        n, right_zs, right_ft = len(inside), int(zs[inside].sum()), int(ft[inside].sum())
         ratio = right_ft / right_zs if right_zs else math.nan
         rows.append((centre, ratio, right_zs / max(n, 1), right_ft / max(n, 1), n))
     return rows
 
 
 def windows(d):
-    """(low, centre, high) over the bulk of d: 0.2 wide (App. C.7) every 0.1, or finer."""
-    d = np.asarray(d)
-    d = d[np.isfinite(d)]  # without a failure set d is infinite
-    if len(d) == 0:
+    """(centre, indices inside) over the bulk of d [N]: 0.2 wide (App. C.7) every 0.1, or finer."""
+    d = d.numpy()
+    finite = d[np.isfinite(d)]  # without a failure set d is infinite
+    if len(finite) == 0:
         return []
-    low, high = np.quantile(d, 0.01), np.quantile(d, 0.99)
+    low, high = np.quantile(finite, [0.01, 0.99])
     step = min(0.1, max(high - low, 1e-3) / 8)
-    return [(c - step, c, c + step) for c in np.arange(low, high + step / 2, step)]
+    centres = np.arange(low, high + step / 2, step)
+    return [(c, np.flatnonzero((d >= c - step) & (d <= c + step))) for c in centres]
 
 
 # --- A6, A7, Tab. 11: rows that the paper's tables lack -------------------------------------------
 
 
 def controls(s):
-    """For every model with ensembles, mean over --seeds: OSE and LSE (Sec. 5.3) of the calibrated
-    models, VRF of the others, and the bounds of tuning on the test sets.
+    """For every model with ensembles, mean over --seeds: what of VRF's gain is its temperatures'
+    (A7), and the bounds of tuning on the test sets.
     """
     rows = []
     for seed in range(s.config.seed, s.config.seed + s.config.seeds):
-        models = vrf.train_models(s.config, s.data, s.clip, s.models["ZS"], seed)
-        own_rows, studies = vrf.evaluate(s.config, s.data, s.clip, models, seed)
-        errors = vrf.zero_shot_errors(s.config, s.data, s.clip, models)
-        predictions = vrf.predict_sets(s.config, s.data, s.clip, models)
-        T = vrf.fit_temperatures(s.config, predictions["val"])
-        for name, (raw, calibrated, outcome) in studies.items():
-            rows += oracles(vrf.ab_grid(s.config), name, seed, raw, calibrated, outcome.d)
-            rows += [r for r in own_rows if r.ours and r.method.startswith(f"{name} +")]
-            logits = logits_of(predictions, name, T["ZS"], T[name])
-            rows.append(vrf.ose_row(f"{name} +LSE calibrated", seed, logits, ours=True))
-            no_T = vrf.run_algorithm_1(s.config, errors[name], raw)
-            right = vrf.right_images(no_T.p_vrf, raw)
-            rows.append(common.Row(f"{name} +VRF raw", seed, right, no_T.ab, ours=True))
+        config = dataclasses.replace(s.config, seed=seed)
+        for of_model in settings(config, s.data, s.clip, s.models["ZS"]):
+            rows += control_rows(of_model) + oracles(of_model)
     title = "not in the paper's tables (A7); oracle: tuned on each test set itself (Tab. 11)"
     print("\n" + common.accuracy_table(rows, title))
+    say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
+    for name in dict.fromkeys(row.method.split(" +")[0] for row in rows):
+        on_id, shift = common.gain(rows, f"{name} +VRF", f"{name} +OSE calibrated")
+        print(f"{name}: VRF less OSE calibrated: {say(*on_id)} on ID, {say(*shift)} under shift")
 
 
-def oracles(grid, name, seed, raw, calibrated, d):
+def control_rows(s):
+    """VRF; OSE and LSE (Sec. 5.3) of the same calibrated models; VRF of models without temperatures
+    and of those whose temperatures have the least negative log-likelihood (A6).
+    """
+    name, seed, rows = s.name, s.config.seed, []
+    rows.append(vrf.row_of(f"{name} +VRF", seed, s.outcome.p_vrf, s.raw, s.outcome.ab))
+    rows.append(vrf.ose_row(f"{name} +OSE calibrated", seed, s.calibrated))
+    half = vrf.ose_scores(s.calibrated, 0.5)
+    rows.append(vrf.row_of(f"{name} +OSE calibrated, alpha 1/2", seed, half, s.raw, 0.5))
+    logits = logits_of(s, s.T["ZS"], s.T[name])
+    rows.append(vrf.ose_row(f"{name} +LSE calibrated", seed, logits))
+    on_val = [s.predictions["val"][model] for model in ("ZS", name)]
+    T_nll = [common.temperature(x.logits, x.labels, "nll") for x in on_val]
+    by_nll = vrf.samples_of(s.predictions, name, *T_nll)
+    for title, sets in (("VRF raw", s.raw), ("VRF, T by NLL", by_nll)):
+        outcome = rerun(s, sets, s.V)
+        rows.append(vrf.row_of(f"{name} +{title}", seed, outcome.p_vrf, s.raw, outcome.ab))
+    return rows
+
+
+def oracles(s):
     """Rows of OSE and VRF tuned on each test set itself: bounds, and no results."""
     right_ose, p_vrf = {}, {}
-    for split in raw:
-        if split == "val":
-            continue
-        tuned = {"val": raw[split], split: raw[split]}  # as if the test set were ID val
-        right_ose[split] = vrf.ose_row("", seed, tuned).right[split]
-        x = calibrated[split]
-        ab = choose_ab({"val": x}, {"val": d[split]}, grid)
-        p_vrf[split] = vrf.vrf(x.p_zs, x.p_ft, vrf.weight(d[split], *ab))
-    right_vrf = vrf.right_images(p_vrf, calibrated)
-    ose = common.Row(f"{name} +OSE oracle", seed, right_ose, ours=True)
-    return [ose, common.Row(f"{name} +VRF oracle", seed, right_vrf, ours=True)]
-
-
-def calibration(s):
-    """A6: VRF without temperatures, with those that make confidence accuracy, exactly or as near as
-    the authors' code does, and with those of least negative log-likelihood.
-    """
-    rows = []
-    for criterion in ("off", "confidence", "code", "nll"):
-        T = []
-        for name in ("ZS", s.name):
-            on_val = s.predictions["val"][name]
-            if criterion == "code":
-                T.append(code_temperature(on_val.logits, on_val.labels))
-            else:
-                T.append(common.temperature(on_val.logits, on_val.labels, criterion))
-        sets = vrf.samples_of(s.predictions, s.name, *T)
-        row = vrf_row(dataclasses.replace(s, calibrated=sets), criterion, s.outcome.d)
-        rows.append([criterion, f"{T[0]:.2f}", f"{T[1]:.2f}", *row[1:]])
-    print_table("temperatures (A6)", columns(s, "criterion", "T, ZS", "T, FT", "a/b"), rows)
-
-
-def code_temperature(logits, labels):
-    """A6: T as the authors' code searches it. Of a bracket, [0.1, 10] at first, it tries the point
-    that divides it like the gaps |confidence - accuracy| of its ends, until this point's own gap is
-    at most .001. The end with the larger gap moves there; a bracket beside the root is widened.
-    """
-    target, low, high = common.accuracy(logits, labels), 0.1, 10.0
-
-    def confidence(T):
-        return (logits / T).softmax(1).amax(1).mean().item()
-
-    for _ in range(100):  # the code has no bound
-        gap_low, gap_high = confidence(low) - target, target - confidence(high)
-        share = abs(gap_low) / (abs(gap_low) + abs(gap_high))
-        T = low + share * (high - low)
-        if abs(confidence(T) - target) <= 0.001:
-            return T
-        if gap_high < 0:  # too sure even at the upper end
-            high *= 1.1
-        elif gap_low < 0:
-            low /= 1.1
-        elif gap_low < gap_high:
-            high = T
-        else:
-            low = T
-    return 1.0  # as common.temperature does where no T is right
+    for split in s.tests:
+        raw, calibrated = s.raw[split], s.calibrated[split]  # as if the test set were ID val
+        right_ose[split] = vrf.ose_row("", 0, {"val": raw, split: raw}).right[split]
+        p_vrf[split] = rerun(s, {"val": calibrated, split: calibrated}, s.V).p_vrf[split]
+    ose = common.Row(f"{s.name} +OSE oracle", s.config.seed, right_ose)
+    return [ose, vrf.row_of(f"{s.name} +VRF oracle", s.config.seed, p_vrf, s.raw)]
 
 
 # --- Sec. 5.2, App. C: sweeps ---------------------------------------------------------------------
 
 
-def logits_of(predictions, name, T_zs=1.0, T_ft=1.0):
+def logits_of(s, T_zs=1.0, T_ft=1.0):
     """{split: Samples} with logits in the place of probabilities, so that OSE of them is LSE."""
-    sets = vrf.samples_of(predictions, name)
-    for split, of in predictions.items():
-        sets[split].p_zs, sets[split].p_ft = of["ZS"].logits / T_zs, of[name].logits / T_ft
+    sets = {}
+    for split, of in s.predictions.items():
+        logits = {"p_zs": of["ZS"].logits / T_zs, "p_ft": of[s.name].logits / T_ft}
+        sets[split] = dataclasses.replace(s.raw[split], **logits)
     return sets
 
 
@@ -290,45 +238,44 @@ def sweep(s):
     """Tabs. 8, 9, Figs. 5b, 10: every ensemble with one alpha, as in the tables and (A7) with VRF's
     temperatures; VRF with its own (a, b), mixing probabilities and, for Fig. 5b, logits.
     """
-    logits = logits_of(s.predictions, s.name)
-    calibrated_logits = logits_of(s.predictions, s.name, s.T["ZS"], s.T[s.name])
-    ensembles = {"OSE": s.raw, "OSE calibrated": s.calibrated, "LSE": logits}
+    calibrated_logits = logits_of(s, s.T["ZS"], s.T[s.name])
+    ensembles = {"OSE": s.raw, "OSE calibrated": s.calibrated, "LSE": logits_of(s)}
     ensembles |= {"LSE calibrated": calibrated_logits, "WSE": None}
     rows, curves = [], {}
     for name, sets in ensembles.items():
         for alpha in vrf.ALPHAS:
-            found = wse_percent(s, alpha) if name == "WSE" else ose_percent(s, sets, alpha)
-            rows.append([name, f"{alpha:.1f}", *found])
+            scores = wse_scores(s, alpha) if name == "WSE" else vrf.ose_scores(sets, alpha)
+            rows.append([name, f"{alpha:.1f}", *percent(s, scores)])
         curves[name] = [r[2] for r in rows if r[0] == name], [r[-1] for r in rows if r[0] == name]
-    of_logits = dataclasses.replace(s, calibrated=calibrated_logits)
-    for name, setting in (("VRF", s), ("VRF of logits", of_logits)):
-        rows.append(vrf_row(setting, name, s.outcome.d))
+    of_logits = rerun(s, calibrated_logits, s.V)
+    for name, outcome in (("VRF", s.outcome), ("VRF of logits", of_logits)):
+        rows.append([name, *vrf_cells(s, outcome)])
         curves[name] = [rows[-1][2]], [rows[-1][-1]]
     draw(s, "sweep", "ID accuracy, %", "mean accuracy under shift, %", curves, title=s.name)
     print_table("Tabs. 8, 9", columns(s, "ensemble", "alpha, a/b"), rows)
 
 
-def wse_percent(s, alpha):
-    """`percent` of WSE."""
-    mixed, scores = copy.deepcopy(s.models["ZS"]), {}
+def wse_scores(s, alpha):
+    """{test set: logits [N, C]} of WSE."""
+    model, scores = copy.deepcopy(s.models["ZS"]), {}
     zs, ft = s.models["ZS"].state_dict(), s.models[s.name].state_dict()
-    mixed.load_state_dict(vrf.wse(zs, ft, alpha))
+    model.load_state_dict(vrf.wse(zs, ft, alpha))
     for split in (s.data.test, *s.data.shifts):
-        scores[split.name] = common.predict(s.config, {"": mixed}, split, s.clip)[""].logits
-    return percent(s, scores)
+        scores[split.name] = common.predict(s.config, {"": model}, split, s.clip)[""].logits
+    return scores
 
 
 def grid(s):
     """Tab. 10, Figs. 6, 10: ID and shifts over a, around the chosen one, and b."""
-    as_table_10 = s.data.kind == "imagenet" and s.config.distance == "code"
     around = [s.outcome.ab[0] * x for x in (0.5, 0.75, 1, 1.25, 1.5)]
+    a_values = [1.4, 1.5, 1.6] if s.data.kind == "imagenet" else around
     b_values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 5.0, 10.0, 20.0]
     rows, header = [], columns(s, "a", "b")
-    ose = [ose_percent(s, s.raw, alpha) for alpha in vrf.ALPHAS]
+    ose = [percent(s, vrf.ose_scores(s.raw, alpha)) for alpha in vrf.ALPHAS]
     with figure(s, "grid", header, columns=3) as (axes, numbers):
         left, middle, right = axes[0]
-        for a in (1.4, 1.5, 1.6) if as_table_10 else around:
-            of_a = [[f"{a:.3g}", b, *vrf_percent(s, (a, b))] for b in b_values]
+        for a in a_values:
+            of_a = [[f"{a:.3g}", b, *mixed_percent(s, (a, b))] for b in b_values]
             on_id, shift = [row[2] for row in of_a], [row[-1] for row in of_a]
             left.semilogx(b_values, on_id, "o-", ms=3, label=f"a = {a:.3g}")
             middle.semilogx(b_values, shift, "o-", ms=3)
@@ -344,38 +291,16 @@ def grid(s):
     print_table("Tab. 10", header, rows)
 
 
-def linear(s):
-    """Tab. 4: the linear classifier. There WSE is OSE of logits, not of probabilities (A12)."""
-    if "LC" not in s.models:
-        print("\nlinear: left out, it needs LC among --methods")
-        return
-    config = dataclasses.replace(s.config, ensemble="LC")
-    models = {name: s.models[name] for name in ("ZS", "LC")}
-    rows, _ = vrf.evaluate(config, s.data, s.clip, models, config.seed)
-    print("\n" + common.accuracy_table(rows, "Tab. 4: linear classifier"))
-
-
 # --- Sec. 5.3: what the distance is ---------------------------------------------------------------
-
-
-def train_features(s):
-    """[N, D] normalised FT features of all of train, [N] labels; from the cache."""
-    model = s.models[s.name]
-    features, labels = common.frozen_features(s.config, model, s.data.train, s.clip)
-    return F.normalize(features, dim=1), labels
-
-
-def neighbours_of(s, V):
-    return vrf.neighbours(len(V), s.errors.n_train, s.config.k_rule, s.config.p)
 
 
 def k_share(s):
     """Fig. 5c: k as a share of |V|; the paper's shares and 1 %."""
-    rows, shares, size = [], (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5), len(s.outcome.V)
+    rows, shares, size = [], (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5), len(s.V)
     for p in shares:
-        k = vrf.neighbours(size, s.errors.n_train, "paper", p)
-        d = distances(s.config, s.calibrated, s.outcome.V, k)
-        rows.append([f"{100 * p:.4g}", k, *vrf_row(s, "", d)[1:]])
+        k = vrf.neighbours(size, len(s.data.train.labels), "paper", p)
+        outcome = vrf.run_algorithm_1(s.config, s.V, k, s.calibrated)
+        rows.append([f"{100 * p:.4g}", k, *vrf_cells(s, outcome)])
     percents = [100 * p for p in shares]
     curves = {"ID": (percents, [r[3] for r in rows])}
     curves["mean under shift"] = percents, [r[-1] for r in rows]
@@ -383,14 +308,19 @@ def k_share(s):
     print_table(f"Fig. 5c, |V| = {size}", columns(s, "p, %", "k", "a/b"), rows)
 
 
+def train_features(s, name):
+    """Raw features [N, D] and labels [N] of all of train, as the model `name` sees it."""
+    return common.frozen_features(s.config, s.models[name], s.data.train, s.clip)
+
+
 def reference(s):
     """Fig. 4: distance to V against distance to all of train; k is the same share of each."""
-    everything, _ = train_features(s)
+    everything = F.normalize(train_features(s, s.name)[0], dim=1)
     tests, rows, curves = {split: s.raw[split] for split in s.tests}, [], {}
-    for name, V in (("V", s.outcome.V), ("all of train", everything)):
-        d = distances(s.config, s.calibrated, V, neighbours_of(s, V))
-        rows.append(vrf_row(s, name, d))
-        bins = ratio_by_distance(d, tests)
+    for name, V in (("V", s.V), ("all of train", everything)):
+        outcome = rerun(s, s.calibrated, V)
+        rows.append([name, *vrf_cells(s, outcome)])
+        bins = ratio_by_distance(outcome.d, tests)
         curves[name] = [b[0] for b in bins], [b[1] for b in bins]
     draw(s, "reference", "distance", "Acc$_{ft}$ / Acc$_{zs}$", curves)
     print_table("Fig. 4", columns(s, "to", "a/b"), rows)
@@ -400,27 +330,30 @@ def source(s):
     """What V holds. A3: features of the fine-tuned encoder, as in paper and code, or of the
     zero-shot one. Eq. (3): the errors that FT mends, or all of ZS's, as the abstract's wording is.
     """
-    every = F.normalize(s.errors.features, dim=1)
-    d = distances(s.config, s.calibrated, every, neighbours_of(s, every))
-    rows = [vrf_row(s, "FT's, Eq. (3)", s.outcome.d), vrf_row(s, "FT's, all errors", d)]
-    V, sets = zero_shot_failures(s), {}
+    every, V_zs = zero_shot_errors(s)
+    sets = {}
     for split, x in s.calibrated.items():
         v = F.normalize(s.predictions[split]["ZS"].features, dim=1)
         sets[split] = dataclasses.replace(x, v=v)
-    d = distances(s.config, sets, V, neighbours_of(s, V))
-    rows.append(vrf_row(s, "ZS's, Eq. (3)", d))
+    outcomes = {"FT's, Eq. (3)": s.outcome, "FT's, all errors": rerun(s, s.calibrated, every)}
+    outcomes["ZS's, Eq. (3)"] = rerun(s, sets, V_zs)
+    rows = [[name, *vrf_cells(s, outcome)] for name, outcome in outcomes.items()]
     print_table("features in V (A3, Eq. 3)", columns(s, "features", "a/b"), rows)
 
 
-def zero_shot_failures(s):
-    """V of Eq. (3) with the zero-shot encoder's features.  [M, D]"""
-    mended = vrf.failures(s.errors.predicted_zs, s.errors.predicted_ft, s.errors.labels)
-    index, train = s.errors.index[mended].numpy(), s.data.train
-    in_memory = isinstance(train.images, np.ndarray)
-    images = train.images[index] if in_memory else [train.images[i] for i in index]
-    part = dataclasses.replace(train, images=images, labels=train.labels[index])
-    predicted = common.predict(s.config, {"ZS": s.models["ZS"]}, part, s.clip)["ZS"]
-    return F.normalize(predicted.features, dim=1)
+@torch.inference_mode()
+def zero_shot_errors(s):
+    """Features, of length 1, of training samples that ZS gets wrong: FT's of all of them [W, D],
+    and ZS's of those that FT gets right [M, D].
+    """
+    features, predicted = {}, {}
+    for name in ("ZS", s.name):
+        features[name], labels = train_features(s, name)
+        parts = features[name].to(s.models[name].head.weight.device).split(4096)
+        logits = s.models[name].classify
+        predicted[name] = torch.cat([logits(x).argmax(1) for x in parts]).cpu()
+    every = F.normalize(features[s.name][predicted["ZS"] != labels], dim=1)
+    return every, vrf.failures(features["ZS"], predicted["ZS"], predicted[s.name], labels)
 
 
 def binary_weight(d, a, b):
@@ -444,8 +377,12 @@ def weights(s):
     ]
     d, rows, curves = torch.linspace(0, 2, 201), [], {}
     for name, weight, points in forms:
-        rows.append(vrf_row(s, name, s.outcome.d, points, weight))
-        a, b = choose_ab(s.calibrated, s.outcome.d, points, weight)
+
+        def accuracy_on_val(ab, weight=weight):
+            return common.accuracy(mixed(s, "val", ab, weight), s.raw["val"].labels)
+
+        a, b = max(points, key=accuracy_on_val)
+        rows.append([name, f"{a:.2g}/{b:.2g}", *mixed_percent(s, (a, b), weight)])
         curves[f"{name}, a = {a:.2g}, b = {b:.2g}"] = d.tolist(), weight(d, a, b).tolist()
     draw(s, "weights", "d(x)", "w(x)", curves, line="-")
     print_table("Tab. 6", columns(s, "w", "a/b"), rows)
@@ -469,9 +406,10 @@ def selective(s):
     l lets 95 % of ID val through. Ours, since the paper states none: energy at T = 1, one
     shared covariance with ridge 1e-6 of its mean variance, k = 50 neighbours, normalised features.
     """
-    x, y = train_features(s)
+    x, y = train_features(s, s.name)
+    x = F.normalize(x, dim=1)
     class_wise, background = gaussians(x, y), gaussians(x, torch.zeros_like(y))
-    logits, scores, rows = logits_of(s.predictions, s.name), {}, []
+    logits, scores, rows = logits_of(s), {}, []
     for split, of in logits.items():
         scores[split] = detector_scores(of.v, of.p_ft, x, class_wise, background)
     for name in scores["val"]:
@@ -480,7 +418,7 @@ def selective(s):
             is_id, of = scores[split][name] >= threshold, logits[split]
             chosen[split] = torch.where(is_id[:, None], of.p_ft, of.p_zs)
         rows.append([name, *percent(s, chosen)])
-    rows.append(["VRF", *vrf_percent(s, s.outcome.ab)])
+    rows.append(["VRF", *percent(s, s.outcome.p_vrf)])
     print_table("Tabs. 5, 13", columns(s, "detector"), rows)
 
 
@@ -528,16 +466,15 @@ def mixed_variance(g_ft, var_zs, var_ft, cov):
     return (1 - g_ft) ** 2 * var_zs + g_ft**2 * var_ft + 2 * (1 - g_ft) * g_ft * cov
 
 
-def pooled(s, field):
-    """At the true classes of all reported images: probability less 1, and whether the model errs.
-    field: "p_zs" or "p_ft".  -> fp64 [N], bool [N]
+def at_true_class(s, field):
+    """Of all reported images, with field "p_zs" or "p_ft" of the calibrated models: probability of
+    the true class less 1, and whether the model errs.  -> fp64 [N], bool [N]
     """
     eta, wrong = [], []
     for split in s.tests:
-        labels = s.raw[split].labels
-        calibrated, raw = getattr(s.calibrated[split], field), getattr(s.raw[split], field)
-        eta.append(calibrated.gather(1, labels[:, None])[:, 0] - 1)
-        wrong.append(raw.argmax(1) != labels)
+        labels, p = s.calibrated[split].labels, getattr(s.calibrated[split], field)
+        eta.append(p.gather(1, labels[:, None])[:, 0] - 1)
+        wrong.append(p.argmax(1) != labels)
     return torch.cat(eta).double().numpy(), torch.cat(wrong).numpy()
 
 
@@ -547,12 +484,10 @@ def g_star(s):
     eta = P(y|x) - 1 at the true class y, its variance over the samples of a window: the paper does
     not say over what (A13). Beside it the plug-in of Eq. (11) with 1 - accuracy for E.
     """
-    d = torch.cat([s.outcome.d[split] for split in s.tests]).numpy()
-    (eta_zs, wrong_zs), (eta_ft, wrong_ft) = pooled(s, "p_zs"), pooled(s, "p_ft")
+    (eta_zs, wrong_zs), (eta_ft, wrong_ft) = at_true_class(s, "p_zs"), at_true_class(s, "p_ft")
     values, rows = [], []
-    for low, centre, high in windows(d):
-        inside = (d >= low) & (d <= high)
-        if inside.sum() < 2:
+    for centre, inside in windows(torch.cat([s.outcome.d[split] for split in s.tests])):
+        if len(inside) < 2:
             continue
         cov = np.cov(eta_zs[inside], eta_ft[inside])
         star = best_weight(cov[0, 0], cov[1, 1], cov[0, 1])
@@ -561,7 +496,7 @@ def g_star(s):
         w = vrf.weight(torch.tensor(centre), *s.outcome.ab).item()
         values.append((centre, star, plug_in, w))
         weights = (f"{v:.3f}" for v in values[-1][1:])
-        rows.append([f"{centre:.2f}", *weights, int(inside.sum())])
+        rows.append([f"{centre:.2f}", *weights, len(inside)])
     curves = {}
     for i, name in enumerate(("g*, Eq. 15", "Eq. 11 with 1 - accuracy", "w(d), Eq. 6"), 1):
         curves[name] = [v[0] for v in values], [v[i] for v in values]
@@ -569,7 +504,7 @@ def g_star(s):
     print_table("Fig. 9", ["d", "g* (15)", "(11), 1 - acc", "w (6)", "n"], rows)
 
 
-# --- Figs. 7, 8 -----------------------------------------------------------------------------------
+# --- Fig. 7 ---------------------------------------------------------------------------------------
 
 
 def images(s):
@@ -593,28 +528,8 @@ def images(s):
     print_table("Fig. 7", header, rows)
 
 
-def timing(s):
-    """Fig. 8: ms per image of the exact search in PyTorch, k = 1, 2, 4 ... 512; median of 5."""
-    device = common.pick_device(s.config.device)
-    v, V = s.raw[common.ID].v[:1000].to(device), s.outcome.V.to(device)
-    ks, ms = [k for k in (2**exponent for exponent in range(10)) if k <= len(V)], []
-    for k in ks:
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            vrf.knn_kth_distance(v, V, k).cpu()  # waits for a GPU
-            seconds.append(time.perf_counter() - start)
-        ms.append(1000 * np.median(seconds[1:]) / len(v))
-    where = f"{torch.get_num_threads()} threads of the CPU"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else where
-    draw(s, "timing", "k", "ms per image", {where: (ks, ms)}, xscale="log", ylim=(0, None))
-    rows = [[k, f"{x:.4f}"] for k, x in zip(ks, ms, strict=True)]
-    size = f"{len(v)} queries, V {len(V)} x {v.shape[1]}"
-    print_table(f"Fig. 8: {where}, {size}", ["k", "ms/image"], rows)
-
-
-ABLATIONS = [ratio, controls, calibration, sweep, grid, linear, reference, k_share, source, weights]
-ABLATIONS += [selective, mean_weight, g_star, images, timing]
+ABLATIONS = [ratio, controls, sweep, grid, k_share, reference, source, weights, selective]
+ABLATIONS += [mean_weight, g_star, images]
 ABLATIONS = {ablation.__name__: ablation for ablation in ABLATIONS}
 
 
@@ -624,9 +539,14 @@ def main(argv=None):
         print(__doc__)
         return
     names = list(ABLATIONS) if argv[0] == "all" else common.choose(argv[0], ABLATIONS, "ablation")
-    setting = set_up(*vrf.prepare(argv[1:]))
+    found = settings(*vrf.prepare(argv[1:]))
+    if not found:
+        raise common.InputError("--methods, --ensemble: no model in both, so there is no ensemble")
+    s = found[0]
+    a, b = s.outcome.ab
+    print(f"{s.name}, seed {s.config.seed}: |V| = {len(s.V)}, a = {a:.3g}, b = {b:.3g}")
     for name in names:
-        ABLATIONS[name](setting)
+        ABLATIONS[name](s)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ vrf --seed 99999999999999999999999        | --seed
 carot --precision fp8                     | argument --precision: invalid choice: 'fp8'
 spd --device gpu                          | --device gpu: not usable here
 er_study --device cuda:99                 | --device cuda:99: not usable here
-carot --out {file}/below                  | expected a folder, new or old
+carot --out {file}/below                  | {file}/below: Not a directory
 spd --out {long}                          | File name too long
 vrf --model ViT-B-61                      | no 'ViT-B-61'; did you mean 'ViT-B-16'
 vrf --model RN50 --pretrained opanai      | did you mean 'openai'
@@ -46,7 +46,7 @@ vrf --weights {file}                      | {file}
 vrf --weights {cut}                       | {cut}
 vrf --weights {lfs}                       | git lfs pull
 vrf --model RN50 --weights {tiny}         | does not fit this model
-vrf {random} --model tiny_hf              | install it (SigLIP's needs transformers)
+vrf {random} --model tiny_hf              | install what it asks for (SigLIP's needs transformers)
 vrf {random} --model tiny_coca            | its image tower (CoCa) gives tokens, too
 vrf --finetuned {none}/ft.pt              | no weights at
 vrf --finetuned {empty}                   | the folder holds
@@ -119,7 +119,7 @@ def test_a_bad_command_ends_in_one_sentence_and_exit_code_two(
     with pytest.raises(SystemExit) as stopped:
         common.run(importlib.import_module(script).main)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and words.format(**bad) in said
+    assert stopped.value.code == 2 and words.format(**bad) in said and "usage:" not in said
     sentence = said.splitlines()[-1]
     assert sentence.startswith(f"{script}.py: ") and 20 < len(sentence) < 5900
     assert not list(tmp_path.rglob("checkpoints/*"))  # refused before the first training
@@ -165,11 +165,10 @@ P, LABELS = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1])
 CALLS = [
     (lambda: common.accuracy(P * math.nan, LABELS), "scores hold inf or nan"),
     (lambda: common.ece(P, LABELS[:1]), "integer labels [N], got (2, 2) and torch.int64 (1,)"),
-    (lambda: common.nll(9 * P, LABELS), "are they logits?"),
-    (lambda: common.nll(P, LABELS - 1), "nll: labels must lie in 0 to 1"),
+    (lambda: common.ece(9 * P, LABELS), "are they logits?"),
+    (lambda: common.accuracy(P, LABELS - 1), "labels must lie in 0 to 1"),
     (lambda: common.temperature(P, LABELS, "paper"), "criterion 'paper'"),
     (lambda: common.choose(",", ["FT", "LC"], "--m"), "expected some of FT, LC"),
-    (lambda: common.pick_device("meta"), "--device meta: not usable"),
 ]
 
 
@@ -180,15 +179,13 @@ def test_functions_refuse_what_would_give_a_wrong_number(call, words):
     assert words in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.uint8, bool, list])
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, bool])
 def test_metrics_take_labels_of_every_integer_type_arrays_and_lists(kind):
-    p, labels = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]), torch.tensor([0, 1, 0])
-    given = (p.tolist(), labels.tolist()) if kind is list else (p.numpy(), labels.numpy())
-    given = given if kind is list else (given[0], given[1].astype(kind))
-    for metric in (common.accuracy, common.ece, common.nll):
-        assert metric(*given) == pytest.approx(metric(p, labels), rel=1e-6)
-    want = common.temperature(p, labels, "nll")
-    assert common.temperature(*given, "nll") == pytest.approx(want, rel=1e-4)
+    p, labels = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]), np.array([0, 1, 0]).astype(kind)
+    for given in ((p, labels), (p.tolist(), labels.tolist())):
+        assert common.accuracy(*given) == pytest.approx(2 / 3)
+        assert common.ece(*given) == pytest.approx((0.1 + 0.2 + 0.6) / 3)
+        assert common.temperature(*given, "nll") == pytest.approx(1.1, abs=1)
 
 
 def test_what_a_cluster_left_in_the_environment_is_said(monkeypatch):

@@ -8,22 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import common
 from data import trees
 
 FOUR = ("n01440764", "n01443537", "n01484850", "n01491361")  # ImageNet 0, 1, 2, 3
 TENCH, GOLDFISH, SHARK, TIGER = FOUR
-
-
-def png(size=(8, 8), colour=(200, 30, 60)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PNG = png()
+PNG = b"not decoded here"
 
 
 def put(root, folders, n=1, data=PNG, form="{}.png"):
@@ -125,17 +116,16 @@ def objectnet(root, mappings=None, text=""):
     put(root / "images", ["fish_big", "aquarium", "fork"], 2)
     mappings = mappings or root / "mappings"
     mappings.mkdir(parents=True)
-    objects = {"fish_big": "Fish/Big", "aquarium": "Bowl", "fork": "Fork"}
-    goldfish = "goldfish, Carassius auratus"
-    shared = {"Fish/Big": "label 3, other name; label 0, other name", "Bowl": goldfish}
-    # the labels stand in the file in another order than ImageNet's classes, as in the real one
-    index = {str(i): 999 - i for i in range(1000)}
-    labels = [f"label {999 - line}, other name" for line in range(1000)]
-    labels[999 - 1] = goldfish
-    (mappings / "folder_to_objectnet_label.json").write_text(json.dumps(objects))
-    (mappings / "objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))
-    (mappings / "pytorch_to_imagenet_2012_id.json").write_text(json.dumps(index))
-    (mappings / f"imagenet_to_label_2012_v2{text}").write_text("\n".join(labels) + "\n")
+    files = {
+        "folder_to_objectnet_label.json": {"fish_big": "Fish", "aquarium": "Bowl", "fork": "Fork"},
+        "objectnet_to_imagenet_1k.json": {"Fish": "tiger; tench, Tinca", "Bowl": "goldfish"},
+        # labels stand in their file in another order than ImageNet's classes, as in the real one
+        "pytorch_to_imagenet_2012_id.json": {"0": 3, "1": 2, "2": 1, "3": 0},
+    }
+    for name, content in files.items():
+        (mappings / name).write_text(json.dumps(content))
+    labels = mappings / f"imagenet_to_label_2012_v2{text}"
+    labels.write_text("tiger\nshark\ngoldfish\ntench, Tinca\n")
 
 
 @pytest.mark.parametrize(
@@ -261,22 +251,6 @@ def test_cifar_batches_are_read_in_order_as_rows_of_pixels(tmp_path):
     assert [name.split(" (")[0] for name in data.missing] == ["STL-10", "CIFAR-10.1"]
 
 
-class Hostile:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_a_hostile_batch_does_not_run_its_code(tmp_path):
-    trace = tmp_path / "trace"
-    bad = cifar(tmp_path) / "cifar-10-batches-py" / "data_batch_3"
-    bad.write_bytes(pickle.dumps({b"data": Hostile(f"touch {trace}"), b"labels": []}))
-    fails_with(tmp_path, bad, "system", "cifar-10-python.tar.gz")
-    assert not trace.exists()
-
-
 STL = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 WITHOUT_FROG = [[0], [1], [2], [3], [4], [5], [7], [8], [9]]
 
@@ -316,22 +290,30 @@ def test_cifar_10_1_is_found_in_either_version(tmp_path, folder, versions, used)
     assert shift.expected == {"v4": 2_021, "v6": 2_000}[used]
 
 
+HOSTILE = b"cos\nsystem\n(S'touch executed'\ntR."  # runs the command if pickle.load reads it
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("cifar-10-batches-py/data_batch_3", b"\x80cut off", "unpack cifar-10-python.tar.gz again"),
+        ("cifar-10-batches-py/data_batch_3", HOSTILE, "unpack cifar-10-python.tar.gz again"),
         ("stl10_binary/test_y.bin", bytes(9), "unpack stl10_binary.tar.gz again"),  # of 10 images
         ("stl10_binary/test_y.bin", bytes(10), "unpack stl10_binary.tar.gz again"),  # from 1 on
         ("cifar10.1_v6_data.npy", b"\x93NUMPY cut off", "get it and cifar10.1_v6_labels.npy again"),
     ],
 )
-def test_a_damaged_file_is_named_with_the_archive_to_unpack(name, content, words, tmp_path):
+def test_a_damaged_file_is_named_with_the_archive_to_unpack(
+    name, content, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     path = cifar(tmp_path) / name
     path.parent.mkdir(exist_ok=True)
     np.zeros((10, 3, 96, 96), np.uint8).tofile(path.parent / "test_X.bin")
     np.save(tmp_path / "cifar10.1_v6_labels.npy", np.arange(10))
     path.write_bytes(content)
     fails_with(tmp_path, name.split("/")[0], words)
+    assert not os.path.exists("executed")
 
 
 # Entity-30
@@ -353,25 +335,17 @@ def hierarchy(root):
     return groups
 
 
-def test_entity30_draws_what_the_reference_package_draws(tmp_path):
+def test_entity30_draws_what_the_reference_package_draws_from_an_imagenet_tree(tmp_path):
     """The ids below were printed by robustness 1.2.1 on this hierarchy."""
-    hierarchy(tmp_path)
-    folder = tmp_path / "imagenet_class_hierarchy" / "modified"
-    _, source, target = trees.entity30_classes(folder)
-    index = trees.imagenet_wnids().index
-    assert [[index(w) for w in g] for g in source] == [[4, 1, 6, 2], [108, 104, 106, 100]]
-    assert [[index(w) for w in g] for g in target] == [[3, 0, 5, 7], [109, 105, 103, 107]]
-
-
-def test_entity30_reads_superclasses_from_an_imagenet_tree(tmp_path):
-    groups = hierarchy(tmp_path)
+    groups, index = hierarchy(tmp_path), trees.imagenet_wnids().index
     imagenet(tmp_path / "imagenet", [w for g in groups.values() for w in g], 2)
     data = common.open_data(f"entity30:{tmp_path / 'imagenet'}", selection="code")
     assert data.kind == "entity30" and data.classes == ["big fish", "little bird"]
     (shift,) = data.shifts
-    assert data.train.labels.tolist() == [0] * 8 + [1] * 8
+    assert [index(w) for w in folders_of(data.test)] == [4, 1, 6, 2, 108, 104, 106, 100]
+    assert [index(w) for w in folders_of(shift)] == [3, 0, 5, 7, 109, 105, 103, 107]
     assert data.test.labels.tolist() == shift.labels.tolist() == [0] * 4 + [1] * 4
-    assert not set(folders_of(data.test)) & set(folders_of(shift))
+    assert data.train.labels.tolist() == [0] * 8 + [1] * 8
     assert set(folders_of(data.test)) == set(folders_of(data.train))
 
 
@@ -413,7 +387,7 @@ def test_every_domain_of_domainnet_can_be_at_home(tmp_path, lists):
         assert sizes == [15, 6, 9, 9, 9] and all(f"/{home}/" in f for f in data.train.images)
         assert data.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
         assert data.test.images[0].endswith(f"{home}_0.png")
-    assert [m.split()[0] for m in data.missing] == ["infograph", "painting", "quickdraw"]
+    assert [m.split()[0] for m in data.missing] == ["painting", "quickdraw"]
     assert (data.train.expected, data.test.expected) == (None, 21_271)
     assert "9 images where 14,814" in common.describe(data)
 

@@ -66,20 +66,6 @@ def test_skipped_images_are_named_on_every_run_and_decoded_once(tmp_path, monkey
     assert left() == [0, 1, 2, 3] and capsys.readouterr().out == ""
 
 
-def test_a_process_without_a_part_of_a_batch_gets_an_image_that_nobody_counts(tmp_path):
-    split = split_of(photo(tmp_path), name="train")
-    ((pixels, labels, index),) = loaded(split, [[(0, None)]])
-    assert pixels.eq(0).all() and labels.tolist() == index.tolist() == [-1]
-
-
-@pytest.mark.parametrize("content", [b"", b"words", None])
-def test_what_only_looks_like_an_image_is_named(content, tmp_path):
-    path = tmp_path / "a.png"
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(common.InputError, match="a.png cannot be read as an image: "):
-        common.Images(split_of(path), np.asarray)[0, 0]
-
-
 def test_a_bug_in_the_transform_is_not_blamed_on_the_file(tmp_path):
     def broken(image):
         raise ZeroDivisionError

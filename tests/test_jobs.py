@@ -57,6 +57,7 @@ def test_the_error_of_one_process_ends_all(tmp_path):
     [
         (signal.SIGINT, os.killpg, 130),  # Ctrl-C in a terminal
         (signal.SIGINT, kill_workers, 130),  # the same, where the workers are the first to end
+        (signal.SIGTERM, os.kill, 130),  # a cluster that wants its node back
         (signal.SIGKILL, os.kill, -9),  # out of memory
     ],
 )

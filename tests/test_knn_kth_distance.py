@@ -203,7 +203,7 @@ def test_a_cpu_without_avx2_is_left_to_pytorch():
 
     found = ops.Kernels(Module), ops.Kernels(Module, cuda=True)
     assert [x.knn_devices for x in found] == [(), ("cuda",)] and found[1].devices[0] == "cpu"
-    with pytest.raises(ValueError, match="queries must be on a GPU: no AVX2 here, got cpu"):
+    with pytest.raises(ValueError, match="queries must be on a GPU: no AVX2 here, got .* on cpu"):
         found[0].knn_kth_distance(ONES, ONES, 1)
 
 
@@ -217,7 +217,7 @@ def test_the_order_of_the_reference_does_not_change_a_bit(any_knn):
 def test_other_floats_strided_inputs_and_any_type_of_integer(any_knn, dtype):
     queries, reference = normal(30, 8, seed=1).T.to(dtype), normal(30, 200).T[::2].to(dtype)
     expected = any_knn(queries.float().contiguous(), reference.float().contiguous(), 5)
-    for k in (5, np.int64(5), np.uint8(5), torch.tensor(5)):
+    for k in (5, np.int64(5), np.uint8(5)):
         assert torch.equal(any_knn(queries, reference, k), expected)
 
 
@@ -277,12 +277,12 @@ ONES = torch.ones(4, 3)
         (ONES, ONES, 0, "k must be an integer from 1 to 4, got 0"),
         (ONES, ONES, 5, "k must be an integer from 1 to 4, got 5"),
         (ONES, ONES, 1.0, "k must be an integer"),
-        (ONES, ONES[:0], 1, "reference must be one row or more, below 2^31, got (0, 3)"),
-        (ONES, ONES[:, :2], 1, "reference must be [M, 3], D > 0, got (4, 2)"),
-        (ONES[0], ONES, 1, "queries must be two dimensions, got (3,)"),
-        (ONES.long(), ONES, 1, "queries must be a float tensor, got torch.int64"),
+        (ONES, ONES[:0], 1, "0 < M < 2^31, D > 0, got torch.float32 (0, 3)"),
+        (ONES, ONES[:, :2], 1, "reference must be [M, 3], 0 < M < 2^31, D > 0"),
+        (ONES[0], ONES, 1, "queries must be a dense float tensor of two dimensions, got"),
+        (ONES.long(), ONES, 1, "of two dimensions, got torch.int64 (4, 3) on cpu"),
         (ONES, ONES.to("meta"), 1, "reference must be on cpu"),
-        ([[1.0]], ONES, 1, "queries must be a tensor, got list"),
+        ([[1.0]], ONES, 1, "of two dimensions, got [[1.0]]"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import common
 
 ALPHA = 0.5
+SHARES = {"logits": torch.tensor(0.1)}
 
 class Smooth:
     def __init__(self, strength):
@@ -25,8 +26,11 @@ class Smooth:
     def __call__(self, logits, labels):
         return F.cross_entropy(logits, labels, label_smoothing=self.strength)
 
+HARD = Smooth(0.0)
+
 def penalty(logits):
-    return 0.1 * logits.square().mean()
+    "Large logits cost."
+    return SHARES["logits"] * logits.square().mean()
 
 class Base(torch.optim.SGD):
     power = 1.0
@@ -41,7 +45,8 @@ def train(config, model, split, clip):
 
     def loss_fn(images, labels):
         logits = model(images)[1]
-        return weight * smooth(logits, labels) + ALPHA * penalty(logits)
+        loss = weight * smooth(logits, labels) + HARD(logits, labels)
+        return loss + ALPHA * penalty(logits)
 
     optimiser = Descent(model.parameters(), speed=0.5)
     common.fine_tune(config, "run", model, split, clip, loss_fn, optimiser, key={})
@@ -66,8 +71,10 @@ def train(folder, old="", new="", data=None):
     [
         ("a number that the loss closes over", "smooth = 2.0", "smooth = 3.0"),
         ("the loss", "weight * smooth", "weight + smooth"),
-        ("a function that it calls", "0.1 * logits", "0.2 * logits"),
+        ("a function that it calls", "square()", "abs()"),
         ("a number of its file", "ALPHA = 0.5", "ALPHA = 0.6"),
+        ("a tensor in a table of its file", "tensor(0.1)", "tensor(0.2)"),
+        ("an object of its file", "Smooth(0.0)", "Smooth(0.3)"),
         ("an option of an object that it calls", "Smooth(0.1)", "Smooth(0.2)"),
         ("that object's code", "return F.cross", "return 3 * F.cross"),
         ("an optimiser's option that no group holds", "speed=0.5", "speed=0.6"),
@@ -81,10 +88,11 @@ def test_an_edited_loss_or_optimiser_is_trained_anew(what, old, new, tmp_path):
     assert train(tmp_path / "b", old, new) == 2, what
 
 
-def test_another_path_and_comments_are_the_same_training(tmp_path, capsys):
+def test_another_path_comments_and_docstrings_are_the_same_training(tmp_path, capsys):
     assert train(tmp_path / "a") == train(tmp_path / "b") == 1
-    assert train(tmp_path / "c", "ALPHA =", "# a comment\n\nALPHA =") == 1
-    assert capsys.readouterr().out.count("trained before") == 2
+    assert train(tmp_path / "c", "    weight, smooth", "    # a comment\n\n    weight, smooth") == 1
+    assert train(tmp_path / "d", "Large logits cost.", "Nothing is free.") == 1
+    assert capsys.readouterr().out.count("trained before") == 3
 
 
 def test_another_recipe_is_another_checkpoint_and_the_same_is_read(tmp_path, capsys):

@@ -16,15 +16,17 @@ import vrf
 def runs(tmp_path_factory):
     """(one process's results, [of rank 0, of rank 1], folder of the one, of the two, what was said)
 
-    81 images in batches of 8: rank 0 has no part of the last. One more, and one under shift, cannot
-    be read and is skipped. At the end rank 1 is killed in a training.
+    83 images in batches of 8: of the last rank 0 has one. 17 test images in twos of 8: the last is
+    joined to those before. Two images are unreadable. At the end rank 1 is killed in a training.
     """
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     tree = make_tree(one / "tree")
     (tree / "again").unlink()
-    for path in (*tree.glob("val/*/[23].jpg"), *tree.glob("test/*/[23].jpg")):
-        path.unlink()
-    (tree / "train/hue_2/more.jpg").write_bytes((tree / "train/hue_2/0.jpg").read_bytes())
+    for path in (*tree.glob("*/*/[23].jpg"), *tree.glob("test/hue_[012]/1.jpg")):
+        if path.parts[-3] in ("val", "test"):
+            path.unlink()
+    for name in ("a", "b", "c"):
+        (tree / f"train/hue_2/{name}.jpg").write_bytes((tree / "train/hue_2/0.jpg").read_bytes())
     for name in ("train/hue_1", "noisy/hue_1"):
         (tree / name / "bad.jpg").write_bytes((tree / name / "0.jpg").read_bytes()[:200])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import compiled
 import pytest
@@ -80,41 +81,36 @@ GOLDEN = {  # theta after these steps: spd.md; "code" by the authors' file, "pap
 
 
 def trace(gradients, **options):
-    """Weights after each gradient."""
-    param = nn.Parameter(torch.tensor([0.5, -0.25], dtype=torch.float64))
+    """Weights after each gradient, and the report. The kernel takes fp32."""
+    dtype = torch.float32 if options.get("fused") else torch.float64
+    param = nn.Parameter(torch.tensor([0.5, -0.25], dtype=dtype))
     optimiser, seen = spd.AdamSPD([param], lr=0.1, **options), []
     for gradient in gradients:
-        param.grad = torch.tensor(gradient, dtype=torch.float64)
+        param.grad = torch.tensor(gradient, dtype=dtype)
         optimiser.step()
         seen.append(param.tolist())
-    return seen
+    return seen, optimiser.report()
 
 
 @pytest.mark.parametrize(("rule", "strength"), GOLDEN)
 def test_the_golden_traces_of_both_conditions(rule, strength, way):
-    seen = trace([OUT] * 4 + [BACK] * 8, spd_lambda=strength, condition=rule, **way)
-    tolerance = 1e-8 if rule == "code" else 6e-7  # as many digits as the source gives
+    seen, _ = trace([OUT] * 4 + [BACK] * 8, spd_lambda=strength, condition=rule, **way)
+    exact = rule == "code" and way != KERNEL  # the source of the other gives fewer digits
     for step, expected in GOLDEN[rule, strength].items():
-        assert seen[step - 1] == pytest.approx(expected, rel=0, abs=tolerance)
+        assert seen[step - 1] == pytest.approx(expected, rel=0, abs=1e-8 if exact else 1e-6)
 
 
 def test_the_golden_trace_of_the_zero_anchor(way):
-    seen = trace([OUT, OUT, BACK, BACK], anchor="zero", **way)
+    seen, _ = trace([OUT, OUT, BACK, BACK], anchor="zero", **way)
     assert seen[2] == pytest.approx((0.6788036, -0.48137892))
     assert seen[3] == pytest.approx((0.65494286, -0.51337107))
 
 
 def test_the_report_of_the_golden_trace_by_hand(way):
     """Of five steps the fifth is projected, from a deviation of .65663174 back to .56568542."""
-    param = nn.Parameter(torch.tensor([0.5, -0.25], dtype=torch.float64))
-    optimiser = spd.AdamSPD([param], lr=0.1, spd_lambda=2.0, **way)
-    assert optimiser.report() == {}
-    for gradient in [OUT] * 4 + [BACK]:
-        param.grad = torch.tensor(gradient, dtype=torch.float64)
-        optimiser.step()
+    _, report = trace([OUT] * 4 + [BACK], spd_lambda=2.0, **way)
     r = 1 - 0.56568542 / 0.65663174
-    expected = {"fired": 1 / 5, "mean_r": r, "decay": 2 * r / 5}
-    assert optimiser.report() == pytest.approx(expected, rel=1e-6)
+    assert report == pytest.approx({"fired": 1 / 5, "mean_r": r, "decay": 2 * r / 5}, rel=1e-5)
 
 
 def ratio(before, after, anchor):
@@ -180,13 +176,22 @@ def test_on_a_smooth_loss_spd_is_adam_and_on_noise_it_holds_the_weights(smooth, 
 # AdamSPD and its options
 
 
-def test_without_projection_it_is_torchs_adamw_bit_for_bit():
-    for options in ({}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}):
-        options = {"lr": 1e-3, "weight_decay": 0.0} | options
-        ours, theirs = network(), network()
-        mine = spd.AdamSPD(ours.parameters(), spd_lambda=0.0, **options)
-        other = torch.optim.AdamW(theirs.parameters(), foreach=False, **options)
-        assert equal(train(ours, mine, 50), train(theirs, other, 50))
+@pytest.mark.parametrize(
+    ("options", "of_spd"),
+    [
+        ({}, {"spd_lambda": 0.0}),
+        ({"weight_decay": 0.1}, {"spd_lambda": 0.0}),
+        ({"betas": (0.5, 0.9), "eps": 1e-3}, {"spd_lambda": 0.0}),
+        ({}, {"spd_lambda": 5.0, "anchor": "none"}),
+    ],
+    ids=str,
+)
+def test_without_projection_it_is_torchs_adamw_bit_for_bit(options, of_spd):
+    options = {"lr": 1e-3, "weight_decay": 0.0} | options
+    ours, theirs = network(), network()
+    mine = spd.AdamSPD(ours.parameters(), **options, **of_spd)
+    adamw = torch.optim.AdamW(theirs.parameters(), foreach=False, **options)
+    assert equal(train(ours, mine, 50), train(theirs, adamw, 50))
 
 
 @pytest.mark.parametrize(
@@ -218,15 +223,6 @@ def test_l2_sp_at_rate_times_strength_one_stays_at_the_anchor():
     assert equal(train(model, held, 5), start)
 
 
-@pytest.mark.parametrize("kind", [spd.AdamSPD, spd.AdamL2SP])
-def test_without_an_anchor_it_is_adam_and_stores_none(kind):
-    ours, theirs = network(), network()
-    mine = kind(ours.parameters(), lr=1e-2, spd_lambda=5.0, anchor="none")
-    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2, foreach=False)
-    assert equal(train(ours, mine), train(theirs, adam))
-    assert not any("anchor" in state for state in mine.state.values())
-
-
 def test_strengths_and_anchors_go_by_name_and_a_wrapped_model_is_shown():
     model = network()
     special = {"3.": {"anchor": "none", "lr": 0.0}, "0.weight": {"spd_lambda": 2.0}}
@@ -253,8 +249,8 @@ def test_strengths_and_anchors_go_by_name_and_a_wrapped_model_is_shown():
         ({"condition": "book"}, "condition must be one of .*, got 'book'"),
         ({"lr": -1.0}, "lr must be 0 or more and finite, got -1"),
         ({"spd_lambda": float("inf")}, "spd_lambda must be"),
-        ({"anchr": "none"}, "no option 'anchr'; did you mean 'anchor'"),
-        ({"lambda": 2.0}, "no option 'lambda'; did you mean 'spd_lambda'"),
+        ({"anchr": "none"}, "no option 'anchr'; the options are .*anchor"),
+        ({"lambda": 2.0}, "no option 'lambda'; the options are .*spd_lambda"),
     ],
 )
 def test_a_group_that_cannot_be_meant_is_refused_and_not_added(options, words):
@@ -265,17 +261,21 @@ def test_a_group_that_cannot_be_meant_is_refused_and_not_added(options, words):
     optimiser.add_param_group({"params": network(1).parameters(), "lr_scale": 0.5})  # timm's
 
 
-def test_a_kernel_that_cannot_be_had_is_refused(monkeypatch):
-    monkeypatch.setattr(spd, "compiled", lambda: None)
-    model = network()
-    with pytest.raises(ValueError, match="fused=True needs csrc/, a compiler"):
-        train(model, spd.AdamSPD(model.parameters(), fused=True), 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kernel_that_cannot_be_had_is_refused(dtype, monkeypatch):
+    """For want of a build, and for a type that it does not take."""
+    built = None if dtype == torch.float32 else SimpleNamespace(devices=["cpu"])
+    monkeypatch.setattr(spd, "compiled", lambda: built)
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="fused=True needs csrc/, a compiler and .* fp32"):
+        spd.AdamSPD([param], fused=True).step()
 
 
 def test_strengths_like_weight_decays_warn_and_usual_values_do_not():
-    with pytest.warns(UserWarning, match="spd_lambda 0.1 does next to nothing"):
+    with pytest.warns(UserWarning, match="spd_lambda, here 0.1: .* does next to nothing"):
         spd.AdamSPD(network().parameters(), spd_lambda=0.1)
-    with pytest.warns(UserWarning, match="weight_decay 1.0 pulls towards 0"):
+    with pytest.warns(UserWarning, match="weight_decay, here 1.0, pulls to 0"):
         spd.AdamSPD(network().parameters(), weight_decay=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -329,37 +329,40 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(rule):
     assert resumed.report() == unbroken.report()
 
 
-def test_a_state_without_anchors_is_refused_and_never_anchored_anew():
-    model = network()
-    adam = torch.optim.Adam(network().parameters())
-    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2)
-    with pytest.raises(ValueError, match="another optimiser's state, which has no anchors"):
-        optimiser.load_state_dict(adam.state_dict())
-    train(model, optimiser, 3)
+def cleared(optimiser):
     optimiser.state.clear()
-    with pytest.raises(ValueError, match="the state was reset"):
-        train(model, optimiser, 1)
-    optimiser = spd.AdamSPD(model.parameters())
-    optimiser.param_groups[0]["params"] = [nn.Parameter(torch.ones(5))]  # as ZeRO's partitions
-    optimiser.param_groups[0]["params"][0].grad = torch.ones(5)
-    with pytest.raises(ValueError, match="the anchors are lost"):
-        optimiser.step()
 
 
-def test_anchors_that_something_zeroes_are_noticed_and_copies_go_on():
+def zeroed(optimiser):  # as some helpers do, to begin anew
+    for state in optimiser.state.values():
+        for value in filter(torch.is_tensor, state.values()):
+            value.zero_()
+
+
+def flattened(optimiser):  # as ZeRO does
+    flat = nn.Parameter(torch.ones(5))
+    flat.grad = torch.ones(5)
+    optimiser.param_groups[0]["params"] = [flat]
+
+
+@pytest.mark.parametrize("spoil", [cleared, zeroed, flattened])
+def test_a_state_that_lost_its_anchors_is_refused_and_copies_go_on(spoil):
     model = network()
     optimiser = spd.AdamSPD(model.parameters())
     train(model, optimiser, 3)
-    both = copy.deepcopy([model, optimiser])
-    train(*both, 3)
+    train(*copy.deepcopy([model, optimiser]), 3)
     loaded = spd.AdamSPD(model.parameters())
     loaded.load_state_dict(copy.deepcopy(optimiser.state_dict()))
     train(model, loaded, 3)
-    for state in loaded.state.values():  # as some helpers do, to begin anew
-        for value in state.values():
-            value.zero_() if torch.is_tensor(value) else None
-    with pytest.raises(ValueError, match="something wrote to the anchors"):
-        train(model, loaded, 1)
+    spoil(loaded)
+    with pytest.raises(ValueError, match="reset or overwritten; the anchors are lost"):
+        loaded.step()
+
+
+def test_another_optimisers_state_is_refused():
+    adam = torch.optim.Adam(network().parameters())
+    with pytest.raises(ValueError, match="another optimiser's state, which has no anchors"):
+        spd.AdamSPD(network().parameters()).load_state_dict(adam.state_dict())
 
 
 def test_weights_loaded_after_the_optimiser_was_made_warn_once():
@@ -449,28 +452,8 @@ def test_deits_crops_and_randaugment_depend_on_the_seed_of_the_image_alone():
 
 
 def test_the_rate_warms_up_and_ends_at_its_share():
-    rates = [spd.schedule(0.5, step, 10, 110) for step in (0, 9, 60, 110)]
+    rates = [common.warmup_cosine(step, 10, 110, end=0.5) for step in (0, 9, 60, 110)]
     assert rates == pytest.approx([0.1, 1, 0.75, 0.5])
-
-
-def domains(root):
-    """DomainNet's layout: two classes of ten images each, of which three are in the test list."""
-    for domain in ("clipart", "infograph", "real", "sketch"):
-        lists = {"train": "", "test": ""}
-        for i in range(20):
-            path = root / domain / ("axe", "t-shirt")[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 40), (90 * (i % 2), 12 * i, 60)).save(path)
-            lists["test" if i < 6 else "train"] += f"{path.relative_to(root)} {i % 2}\n"
-        for part, text in lists.items():
-            (root / f"{domain}_{part}.txt").write_text(text)
-    return root
-
-
-def test_of_domainnet_infograph_is_left_out(tmp_path):
-    data = spd.open_data(spd.Config(data=f"{domains(tmp_path)}/real", val_fraction=0.2))
-    assert [s.name for s in data.shifts] == ["Clipart", "Sketch"]
-    assert not any(name.startswith("infograph") for name in data.missing)
 
 
 def test_imagenet_has_the_groups_recipe_and_what_the_user_typed_stays():
@@ -479,35 +462,19 @@ def test_imagenet_has_the_groups_recipe_and_what_the_user_typed_stays():
     assert (config.warmup, config.lr_end, config.augment, config.epochs) == (7, 0.5, "deit", 30)
 
 
-def test_one_of_a_sets_own_classes_may_be_right_where_another_of_all_is_larger():
-    logits = torch.tensor([[0.0, 1, 2, 5], [0, 5, 2, 1], [3, 1, 2, 1]])
-    labels = torch.tensor([0, 1, 0])
-    for groups, own, among_all in (
-        ([[0, 3], [2]], [True, True, True], [True, False, True]),
-        (None, [False, True, True], [False, True, True]),
-    ):
-        assert common.project(logits, groups).argmax(1).eq(labels).tolist() == own
-        assert spd.right_among_all(logits, labels, groups).tolist() == among_all
-
-
 def test_the_strength_is_chosen_by_id_val_for_each_run_and_of_equals_the_first():
     rows = []
     for seed, strength, val in ((0, 1.0, 0.9), (0, 2.0, 0.9), (1, 1.0, 0.8), (1, 2.0, 0.9)):
         numbers = {"family": "L2-SP", "strength": strength, "val": val}
         rows.append(common.Row(f"L2-SP {strength:g}", seed, {}, numbers=numbers))
-    rows.append(common.Row("AdamW", 1, {}, numbers={"family": "AdamW", "val": 1.0}))
+    rows.append(common.Row("AdamW", 1, {}, numbers={"family": "AdamW", "strength": None}))
     chosen = [(r.method, r.seed, r.choice) for r in spd.by_val(rows)]
     assert chosen == [("L2-SP, by ID val", 0, 1), ("L2-SP, by ID val", 1, 2)]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """make_tree's, and a shift that has three of the ten classes."""
-    root = make_tree(tmp_path_factory.mktemp("tree"))
-    (root / "few").mkdir()
-    for i in range(3):
-        (root / "few" / f"hue_{i}").symlink_to(root / "noisy" / f"hue_{i}")
-    return root
+    return make_tree(tmp_path_factory.mktemp("tree"))
 
 
 def words(tree, out, text):
@@ -520,20 +487,14 @@ def test_the_script_trains_chooses_resumes_and_repeats(tree, tmp_path, capsys):
     printed = capsys.readouterr().out
     methods = ["Zero-shot", "AdamW", "Adam-SPD 2", "Adam-SPD, by ID val"]
     assert [r.method for r in rows] == methods and "2. Adam-SPD, by ID val less AdamW" in printed
-    own, among_all = rows[0].right, rows[0].tensors["all classes"]
-    assert "among all classes" in printed and own.keys() == among_all.keys()
-    assert torch.equal(own["noisy"], among_all["noisy"])
-    assert own["few"][among_all["few"]].all() and own["few"].sum() > among_all["few"].sum()
     start, adamw, ours, _ = rows
     far = [row.numbers["deviation"] for row in (start, ours, adamw)]
     assert far[0] == 0 and far == sorted(far)
     gained = adamw.right["test"].double().mean() - start.right["test"].double().mean()
     assert gained > 0.1
     fired, r, decay = (ours.numbers[name] for name in ("fired", "mean_r", "decay"))
-    assert (
-        0.1 < fired < 1 and decay == pytest.approx(2 * fired * r) and "fired" not in adamw.numbers
-    )
-    assert f"{fired:.0%}  {r:.4f}" in printed
+    assert 0.1 < fired < 1 and decay == pytest.approx(2 * fired * r)
+    assert f"{fired:.0%}  {r:.4f}" in printed and "fired" not in adamw.numbers
     again = spd.main(words(tree, tmp_path, text))
     assert "trained before" in capsys.readouterr().out
     for a, b in zip(rows, again, strict=True):
@@ -549,18 +510,19 @@ def test_the_best_epoch_on_id_val_is_kept_and_not_the_last(tree, tmp_path):
     def make(model):
         return spd.optimiser_of(config, "AdamW", None, model)
 
-    best = spd.train(config, "AdamW", data, clip, zero_shot, make, {})
+    best, found = spd.train(config, "AdamW", data, clip, zero_shot, make, {})
     (path,) = tmp_path.glob("checkpoints/*.pt")
     last = copy.deepcopy(zero_shot)
     last.load_state_dict(torch.load(path, weights_only=True)["model"])
-    found = common.predict(config, {"best": best, "last": last}, data.val, clip)
-    share = {name: p.right.double().mean().item() for name, p in found.items()}
+    both = common.predict(config, {"best": best, "last": last}, data.val, clip)
+    share = {name: p.right.double().mean().item() for name, p in both.items()}
     assert share["best"] >= share["last"] and not equal(best.parameters(), last.parameters())
+    assert found == {"val": share["best"]}
 
 
-def test_another_head_condition_or_loss_is_another_checkpoint(tree, tmp_path):
+def test_another_condition_loss_or_rate_is_another_checkpoint(tree, tmp_path):
     text = "--methods Adam-SPD --spd-lambda 1 --epochs 1 --mixup 0 --cutmix 0"
-    flags = "", "--head none", "--smoothing 0", "--lr-end 0.5", "--augment deit"
+    flags = "", "--smoothing 0", "--lr-end 0.5", "--augment deit"
     for i, change in enumerate(flags, 1):
         spd.main(words(tree, tmp_path, f"{text} {change}"))
         assert len(list(tmp_path.glob("checkpoints/adam-spd-1-*.pt"))) == i

@@ -14,7 +14,7 @@ RAGGED = [1, 3, 511, 65_535, 65_537, (), 0, (7, 11), (4, 3, 2, 5)] + [5] * 11
 NAMES = ("params", "anchors", "grads", "exp_avgs", "exp_avg_sqs")
 
 
-def tensors_of(shapes, dtype=torch.float32, shift=0, anchored=True):
+def tensors_of(shapes, shift=0, anchored=True):
     """params, anchors, grads and zero moments; with shift, views that begin `shift` elements into
     their storage (no alignment).
     """
@@ -22,8 +22,7 @@ def tensors_of(shapes, dtype=torch.float32, shift=0, anchored=True):
 
     def draw(shape, scale=1.0):
         size = torch.Size([shape] if isinstance(shape, int) else shape)
-        flat = scale * torch.randn(size.numel() + shift, generator=generator, dtype=torch.float64)
-        return flat.to(dtype)[shift:].view(size)
+        return scale * torch.randn(size.numel() + shift, generator=generator)[shift:].view(size)
 
     params = [draw(shape) for shape in shapes]
     anchors = [p + draw(p.shape, 0.1) for p in params] if anchored else [None] * len(params)
@@ -39,12 +38,13 @@ def clones(lists):
     return [[None if t is None else t.clone() for t in column] for column in lists]
 
 
-def assert_equals_the_reference(lists, steps=10, signs="++-", accumulated=False, **options):
+def assert_equals_the_reference(
+    lists, steps=10, signs="++-", accumulated=False, kernel=None, **options
+):
     """The kernel and spd.spd_step on the same gradients.  -> what was projected [steps, T]"""
-    kernel, reference, count = kernels(), clones(lists), len(lists[0])
+    kernel, reference, count = kernel or kernels(), clones(lists), len(lists[0])
     c = torch.zeros(2, count, dtype=torch.float64) if accumulated else (None, None)
-    sums, projected = torch.zeros(2, count, 3, dtype=torch.float64), []
-    double = lists[0][0].dtype == torch.float64
+    sums, projected = torch.full((2, count, 3), 7.0, dtype=torch.float64), []
     for step in range(1, steps + 1):
         sign = int(signs[step % len(signs)] + "1")
         for mine, theirs in zip(lists[2], reference[2], strict=True):
@@ -58,8 +58,7 @@ def assert_equals_the_reference(lists, steps=10, signs="++-", accumulated=False,
         assert torch.allclose(*c, rtol=1e-4, atol=1e-4)
     for i, (found, wanted) in enumerate(zip(lists, reference, strict=True)):
         for a, b in zip(found, wanted, strict=True):
-            rtol, atol = (1e-12, 1e-13) if double else (1e-5, 1e-6 if i == 0 else 1e-7)
-            assert a is None or torch.allclose(a, b, rtol=rtol, atol=atol)
+            assert a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6 if i == 0 else 1e-7)
     return torch.stack(projected)
 
 
@@ -72,7 +71,6 @@ def assert_equals_the_reference(lists, steps=10, signs="++-", accumulated=False,
         (dict(anchored=False), dict(signs="+-")),
         (dict(shift=3, anchored=False), dict()),
         (dict(), dict(eps=0.0)),  # 0 / 0 in what fills a tail up would stop the projection
-        (dict(dtype=torch.float64), dict()),
     ],
     ids=str,
 )
@@ -81,10 +79,6 @@ def test_ten_steps_equal_the_reference_on_ragged_tensors(given, options, accumul
     projected = assert_equals_the_reference(lists, accumulated=accumulated, **options)
     full = torch.tensor([p.numel() > 0 for p in lists[0]])
     assert not projected[:, ~full].any() and projected.any() and not projected[:, full].all()
-
-
-def test_three_hundred_tensors_at_once():
-    assert_equals_the_reference(tensors_of(RAGGED + [5] * 280), steps=3)
 
 
 def test_a_tensor_of_many_chunks_is_projected_whole():
@@ -131,7 +125,7 @@ def plain_steps(tmp_path, lists, steps):
     number, size = ctypes.c_double, ctypes.c_int64
     for step in range(1, steps + 1):
         scalars = [number(x) for x in (1e-2, 0.9, 0.999, 1e-8, 1.0)]
-        head = ctypes.c_void_p(table.data_ptr()), size(len(table)), 4, size(step)
+        head = ctypes.c_void_p(table.data_ptr()), size(len(table)), size(step)
         ctypes.CDLL(library).spd_step_cpu(*head, *scalars, 1, None, None)
 
 
@@ -191,11 +185,11 @@ def test_pytorch_knows_the_op():
     [
         (dict(params=[torch.ones(3, 4).T]), "params[0] must be a contiguous tensor"),
         (dict(grads=[torch.ones(4, 2)]), "grads[0] must be"),
-        (dict(grads=[None]), "(4, 3) on cpu, got NoneType"),
+        (dict(grads=[None]), "(4, 3) on cpu, got None"),
         (dict(exp_avgs=[torch.ones(4, 3).double()]), "exp_avgs[0] must be"),
         (dict(anchors=[]), "anchors must be 1 tensors, got 0"),
         (dict(grads=[torch.ones(4, 3, device="meta")]), "on meta"),
-        (dict(params=[torch.ones(4, 3).half()]), "float32 or torch.float64, got torch.float16"),
+        (dict(params=[torch.ones(4, 3).half()]), "float32 (4, 3) on cpu, got torch.float16 (4, 3)"),
         (dict(step=0), "step must be 1 or more, got 0"),
         (
             dict(sums=torch.zeros(1, 3)),

@@ -54,58 +54,49 @@ def engine():
     shared = hashlib.sha256(b"".join(f.read_bytes() for f in files))
     shared.update(repr((FLAGS, KERNEL_FLAGS)).encode())
     mark = shared.hexdigest()[:16]
-    objects = []
-    for part in ("fibers", "racecheck"):
-        target = CACHE / f"{part}-{mark}.o"
-        objects.append(_compile(EMULATOR / f"{part}.cpp", target, ["-c", "-O2"]))
+    objects = [
+        _compile(CACHE / f"{part}-{mark}.o", "-c", "-O2", EMULATOR / f"{part}.cpp")
+        for part in ("fibers", "racecheck")
+    ]
     include = [f"-I{EMULATOR}", f"-I{CSRC}", *KERNEL_FLAGS]
     headers = CACHE / f"{mark}.h"  # compiled once: a third of what a kernel's compilation takes
     headers.write_text('#include "mma.h"\n')
-    _compile(headers, CACHE / f"{mark}.h.gch", ["-x", "c++-header", *include])
+    _compile(CACHE / f"{mark}.h.gch", "-x", "c++-header", *include, headers)
     return shared, objects, ["-include", headers, *include]
 
 
-def _compile(source, target, flags):
-    """g++ of one file, kept under `target`, which carries a hash of everything that matters."""
+def _compile(target, *arguments, text=None):
+    """g++, of `text` where it reads that; kept under `target`, whose name carries a hash of all."""
     with open(target.with_suffix(".lock"), "w") as lock:  # two worker processes need the same
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
         partial = target.with_suffix(f".{os.getpid()}")
-        command = [compiler(), *FLAGS, *flags, source, "-o", partial]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [compiler(), *FLAGS, *arguments, "-o", partial]
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
-                f"the emulated build failed:\n{' '.join(map(str, command))}\n{done.stderr}"
-            )
+            command = " ".join(map(str, command))
+            raise RuntimeError(f"the emulated build failed:\n{command}\n{done.stderr}")
         partial.rename(target)
     return target
 
 
-def compile_kernel(name, edit=None, flags=()):
-    """Path of the library of csrc/<name>.cu, after `edit(text)` for the mutation test."""
+def compile_kernel(name, edit=lambda text: text):
+    """Path of the library of csrc/<name>.cu, its text edited."""
     shared, engine_objects, include = engine()
-    text = (CSRC / f"{name}.cu").read_text()
-    text = translate(edit(text) if edit else text, f"{name}.cu")
+    text = translate(edit((CSRC / f"{name}.cu").read_text()), f"{name}.cu")
     kernel = shared.copy()
-    kernel.update(repr((text, flags)).encode())
-    stem = f"{name}-{kernel.hexdigest()[:16]}"
-    source = CACHE / f"{stem}.cpp"
-    if not source.exists():
-        partial = source.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.rename(source)
-    own = _compile(source, CACHE / f"{stem}.o", ["-c", *include, *flags])
-    library = CACHE / f"{stem}.so"
-    if not library.exists():  # without the sanitizer's runtime: racecheck.cpp has its symbols
-        partial = library.with_suffix(f".{os.getpid()}")
-        link = [compiler(), "-shared", "-Wl,-Bsymbolic", *engine_objects, own, "-o", partial]
-        subprocess.run(link, check=True)
-        partial.rename(library)
-    return library
+    kernel.update(text.encode())
+    stem = CACHE / f"{name}-{kernel.hexdigest()[:16]}"
+    own = _compile(stem.with_suffix(".o"), "-c", *include, "-x", "c++", "-", text=text)
+    # without the sanitizer's runtime: racecheck.cpp has its symbols
+    link = "-shared", "-Wl,-Bsymbolic", *engine_objects, own
+    return _compile(stem.with_suffix(".so"), *link)
 
 
 class Library:
+    """`schedule`, one of SCHEDULES, may be set between two calls."""
+
     def __init__(self, path):
         self.path, self.c, self.schedule = path, ctypes.CDLL(str(path)), 0
 
@@ -129,9 +120,9 @@ class Library:
         def line(match):
             command = ["addr2line", "-i", "-e", str(self.path), match[1]]
             frames = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
-            kernel = [f for f in frames if self.path.stem in f or ".cu:" in f] or frames
-            place = re.sub(r" \(.*", "", kernel[0].rsplit("/", 1)[-1])
-            return re.sub(r"-[0-9a-f]{16}\.cpp", ".cu", place)
+            frames = [f.replace("<stdin>", f"{self.path.stem[:-17]}.cu") for f in frames]
+            kernel = [f for f in frames if ".cu:" in f] or frames
+            return re.sub(r" \(.*", "", kernel[0].rsplit("/", 1)[-1])
 
         return re.sub(r"\[\+(0x[0-9a-f]+)\]", line, report)
 
@@ -145,12 +136,12 @@ class Library:
 
     def knn_kth_distance_cuda(self, batch, stream):
         """batch: address of a KnnBatch of csrc/kernels.h"""
-        *pointers, n, m, d, _, _, capacity = (SIZE * 17).from_address(batch)
+        *pointers, n, m, d, _, _, capacity = (SIZE * 16).from_address(batch)
         sizes = 4 * n * d, 4 * m * d, 2 * n * d, 2 * m * d, 4 * m, 4 * n
         memory = [(*x, INITIALISED, 4) for x in zip(pointers[:6], sizes, strict=True)]
         memory[2:4] = [(*x[:3], 2) for x in memory[2:4]]
-        memory += [(x, 4 * n, INITIALISED | WRITABLE, 4) for x in pointers[6:9]]
-        memory += [(pointers[9], 8 * n * capacity, WRITABLE, 4), (pointers[10], 4 * n, WRITABLE, 4)]
+        memory += [(x, 4 * n, INITIALISED | WRITABLE, 4) for x in pointers[6:8]]
+        memory += [(pointers[8], 8 * n * capacity, WRITABLE, 4), (pointers[9], 4 * n, WRITABLE, 4)]
         self._run("knn_kth_distance_cuda", memory, (batch, stream))
 
     def spd_step_cuda(self, *arguments):
@@ -166,21 +157,17 @@ class Library:
             memory += [(a, 4 * size, both, 4) for a in (param, exp_avg, exp_avg_sq)]
         self._run("spd_step_cuda", memory, arguments)
 
-    # What the tests call: torch tensors, through the wrappers of the GPU path
+    # What the tests call, as of ops.Kernels: torch tensors, through the wrappers of the GPU path
 
-    def knn_kth_distance(self, queries, reference, k, schedule=0):
-        self.schedule = schedule
+    def knn_kth_distance(self, queries, reference, k):
         return ops.knn_kth_distance_cuda(self, ops.padded(queries), ops.padded(reference), k)
 
     def spd_step(self, params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps,
-                 spd_lambda, schedule=0, conditions=None):  # fmt: skip
-        """anchors None: the zero anchor. Returns the report: rows of S1, S2, S3, f."""
-        self.schedule = schedule
-        anchors = anchors if anchors is not None else [None] * len(params)
+                 spd_lambda, conditions=None, sums=None):  # fmt: skip
         tensors = ops.table_of((params, anchors, grads, exp_avgs, exp_avg_sqs))
         scalars = step, lr, *betas, eps, spd_lambda
-        return ops.spd_step_cuda(self, tensors, params[0].device, *scalars, conditions)
+        ops.spd_step_cuda(self, tensors, params[0].device, scalars, conditions, sums)
 
 
-def load(name, edit=None, flags=()):
-    return Library(compile_kernel(name, edit, flags))
+def load(name, edit=lambda text: text):
+    return Library(compile_kernel(name, edit))

@@ -21,8 +21,6 @@
 
 #define __global__
 #define __device__
-#define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("cuda_shared")))
@@ -32,10 +30,8 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 typedef struct CUstream_st* cudaStream_t;
@@ -43,7 +39,6 @@ typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;
 extern "C" cudaError_t cudaGetLastError();
 extern "C" const char* cudaGetErrorString(cudaError_t);
-extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t);
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -112,22 +107,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_HERE) {
   return votes;
 }
 
-// Atomics: noinline and not instrumented, so that the checker sees one atomic access and no other.
-#define EMU_ATOMIC template <class T> __attribute__((noinline, no_sanitize("thread"))) T
-EMU_ATOMIC atomicAdd(T* address, std::type_identity_t<T> value) {
+// Noinline and not instrumented, so that the checker sees one atomic access and no other.
+template <class T>
+__attribute__((noinline, no_sanitize("thread"))) T atomicAdd(T* address, T value) {
   emu::access(address, sizeof(T), emu::atomic, __builtin_return_address(0));
   const T old = *address;
   *address = old + value;
-  return old;
-}
-EMU_ATOMIC atomicMax(T* address, std::type_identity_t<T> value) {
-  emu::access(address, sizeof(T), emu::atomic, __builtin_return_address(0));
-  const T old = *address;
-  if (value > old) *address = value;
   return old;
 }
 
 inline unsigned __float_as_uint(float value) { unsigned u; memcpy(&u, &value, 4); return u; }
 inline float __uint_as_float(unsigned value) { float f; memcpy(&f, &value, 4); return f; }
 inline int __ffs(int value) { return __builtin_ffs(value); }
-inline int __popc(unsigned value) { return __builtin_popcount(value); }

@@ -14,6 +14,5 @@ extern std::string problems;        // one line each
 
 void fill_shared();                 // a new block: shared memory holds NaN that nobody wrote
 void allow_arguments(const void* start, size_t bytes);
-bool written_by_host(void* start, size_t bytes);
 void forget_tensors();
 }  // namespace emu

@@ -76,8 +76,8 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& d,
     float left[256], right[256], sum[256];  // the last lane works for the warp
     for (int e = 0; e < 256; ++e) {
       const Operands& o = *reinterpret_cast<const Operands*>(all[e / 8]);
-      left[o.pa->element(e / 8, e % 8)] = emu::to_float(o.pa->x[e % 8]);
-      right[o.pb->element(e / 8, e % 8)] = emu::to_float(o.pb->x[e % 8]);
+      left[o.pa->element(e / 8, e % 8)] = o.pa->x[e % 8].value;
+      right[o.pb->element(e / 8, e % 8)] = o.pb->x[e % 8].value;
       sum[o.pc->element(e / 8, e % 8)] = o.pc->x[e % 8];
     }
     emu::multiply(left, right, sum);

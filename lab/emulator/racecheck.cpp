@@ -135,18 +135,6 @@ void allow_arguments(const void* start, size_t bytes) {
   arguments = static_cast<const char*>(start);
   arguments_end = arguments + bytes;
 }
-bool written_by_host(void* start, size_t bytes) {
-  char* p = static_cast<char*>(start);
-  Region* region = find(p);
-  if (!region || p + bytes > region->end || !region->writable) {
-    fail("cudaMemsetAsync outside all writable tensors");
-    return false;
-  }
-  const size_t first = (p - region->start) / region->grain;
-  for (size_t i = 0; i < bytes / region->grain; ++i)
-    region->places[first + i].write.launch = launch_number;
-  return true;
-}
 void forget_tensors() {
   regions.clear();
   for (Region*& guess : latest) guess = nullptr;

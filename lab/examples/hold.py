@@ -41,7 +41,9 @@ def hold(optimiser, spd_lambda=1.0, anchor="pretrained"):
                     raise ValueError("hold: complex parameters are not supported")
                 if p not in anchors:
                     start = p.detach()
-                    anchors[p] = start.clone() if anchor == "pretrained" else spd.origin(start)
+                    anchors[p] = (
+                        start.clone() if anchor == "pretrained" else torch.zeros_like(start)
+                    )
                 yield p, group.get("maximize", False)
 
     @torch.no_grad()
