@@ -224,12 +224,16 @@ def classifier(config, data, clip, device):
 
     head = cached(config, "head", key, compute)["head"]
     check_names(clip.tokenizer, data.classes, max(data.templates, key=len), head)
-    return Classifier(clip.model.visual, head).to(device)
+    return Classifier(copy.deepcopy(clip.model.visual), head).to(device)  # 350 MB for ViT-B/16
 
 
 @torch.no_grad()
 def zero_shot_head(clip, classes, templates, device="cpu"):
-    """[C, D]: embed templates x names, normalise, mean, normalise, times exp(logit_scale)."""
+    """[C, D]: embed templates x names, normalise, mean, normalise, times exp(logit_scale).
+
+    VRF's Sec. 3.1 writes one prompt and no scale; its code is as here. Without the scale, 100 in
+    CLIP, every softmax would be nearly uniform.
+    """
     import open_clip
 
     model = clip.model.to(device).eval()
@@ -241,8 +245,8 @@ def zero_shot_head(clip, classes, templates, device="cpu"):
 
 def check_names(tokenizer, classes, template, head):
     """Say which class names do not fit the text tower, and whose rows of the head are the same."""
-    tokens, end = tokenizer([template.format(name) for name in classes]), tokenizer([""])[0, -1]
-    if cut := [classes[i][:60] for i in (tokens[:, -1] != end).nonzero()]:
+    tokens, padding = tokenizer([template.format(name) for name in classes]), tokenizer([""])[0, -1]
+    if cut := [classes[i][:60] for i in (tokens[:, -1] != padding).nonzero()]:
         rest = f"{tokens.shape[1]} tokens, so that the rest may be cut off: {listed(cut)}"
         print(f"note: {len(cut)} class names fill all {rest}")
     rows = (F.normalize(head.cpu(), dim=1) * 1e4).round()
@@ -261,8 +265,9 @@ def open_data(path="digits", val_fraction=0.02, selection="paper", seed=0):
     """What --data names: `digits`, a folder, or `entity30:FOLDER` with an ImageNet tree in FOLDER.
 
     Differs (A10): the paper does not define its validation set and its code selects on the images
-    that it reports. Here a set without val/ of its own gives up a stratified, seeded share of its
-    training images; selection="code" does as the code does.
+    that it reports. Here data without a validation set beside the reported one (ImageNet's val/ is
+    the reported one) give up a stratified, seeded share of their training images; selection="code"
+    does as the code does.
     """
     from data import trees
 
@@ -369,6 +374,8 @@ def eval_transform(size, mean, std):
 
 
 # --- train ----------------------------------------------------------------------------------------
+# `shard` and `gather` are for torchrun: each process takes its part of a batch, and the loss is of
+# the whole batch. In one process both return their argument.
 
 
 @dataclass
@@ -414,6 +421,9 @@ def image_training(config, name, model, split, clip, loss_fn=None, optimiser=Non
     loss = loss_fn or cross_entropy
     key = training_key(config, clip, split, key, loss_fn, optimiser)
     optimiser = optimiser or adamw(config, model)
+    known = set(map(id, model.parameters()))
+    if not all(id(p) in known for group in optimiser.param_groups for p in group["params"]):
+        raise ValueError(f"{name}: the optimiser was made of another model's parameters")
     return new_training(
         config, name, model, optimiser, lambda batch: loss(*batch), batches_from, key
     )
@@ -599,7 +609,7 @@ def predict(config, models, split, clip):
         for name, columns in forward_all(config, todo, split, clip).items():
             found[name] = columns
             write_file(paths[name], functools.partial(torch.save, columns))
-    return {name: Prediction(**columns) for name, columns in found.items()}
+    return {n: Prediction(c["features"], c["logits"], c["labels"]) for n, c in found.items()}
 
 
 def forward_all(config, models, split, clip):
@@ -759,6 +769,8 @@ def gain(rows, method, base, share=points):
     their seeds. share(row, split) -> [N]: of another measure what each image adds to it.
     """
     ours, theirs = ({r.seed: r for r in rows if r.method == m} for m in (method, base))
+    if len(ours) + len(theirs) < sum(r.method in (method, base) for r in rows):
+        raise ValueError(f"{method}, {base}: two rows of one method and seed; runs are paired")
     of_runs, image_variance = {}, {}  # by split: [R]; of the mean over images
     for split in rows[0].right:
         gaps = np.stack([share(ours[s], split) - share(theirs[s], split) for s in ours])
@@ -893,7 +905,8 @@ def plan_training(config, data):
         cut = f", cut from {config.warmup} to a tenth of all"
         config.warmup = math.ceil(steps / 10)
     size = f"{n:,} images, {config.epochs} epochs, {steps:,} steps of {config.batch} images"
-    print(f"training: {size}, warm-up of {config.warmup} steps{cut}")
+    if not getattr(config, "finetuned", ""):  # vrf.py's, instead of a training
+        print(f"training: {size}, warm-up of {config.warmup} steps{cut}")
     own_val = "held-out" not in data.val.path
     note_idle(config, pretrained=config.weights and "beside --weights")
     note_idle(config, val_fraction=own_val and "where ID val is not held out of the training set")
@@ -1273,7 +1286,10 @@ def training_key(config, clip, split, key=None, loss_fn=None, optimiser=None):
     fields = "epochs", "batch", "lr", "weight_decay", "warmup", "clip", "precision", "seed"
     found = {name: getattr(config, name) for name in fields}
     found |= {"skip_bad_images": config.skip_bad_images, "data": fingerprint(split)}
-    found |= {"images": len(split.labels), "architecture": hash_of(clip.key), **(key or {})}
+    found |= {"images": len(split.labels), "architecture": hash_of(clip.key)}
+    if twice := sorted(found.keys() & (key or {}).keys()):
+        raise ValueError(f"key: {twice[0]!r} is in every key already; give yours another name")
+    found |= key or {}
     if loss_fn:
         found["loss_fn"] = hash_of(code_of(loss_fn))
     if optimiser:
@@ -1364,12 +1380,16 @@ def hash_of(*things):
 def code_of(thing):
     """The program behind a function, class or object, for `hash_of`: its source, that of what it
     names in its file, of what these name, and so on, and the numbers, strings and tensors met on
-    the way or closed over. Comments, docstrings and line breaks change nothing.
+    the way or closed over, those of a closed-over config that it reads among them. Comments,
+    docstrings and line breaks change nothing. What it calls in other files is not seen.
     """
+    options = getattr(thing, "args", ()), getattr(thing, "keywords", {})
     thing = getattr(thing, "func", thing)  # of a functools.partial
     home = sys.modules[thing.__module__]
-    closed_over = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    found, seen = [x for x in closed_over if plain(x)], set()
+    names = getattr(getattr(thing, "__code__", None), "co_freevars", ())
+    cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    closed_over, seen = dict(zip(names, cells, strict=True)), set()
+    found = [str(options), *(x for x in cells if plain(x))]
     todo = [getattr(home, getattr(thing, "__qualname__", "").split(".")[0], thing)]
     while todo:
         x = todo.pop()
@@ -1388,6 +1408,9 @@ def code_of(thing):
                     node.value.value = ""  # a docstring
                 if isinstance(node, ast.Name):
                     todo.append(getattr(home, node.id, None))
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    value = getattr(closed_over.get(node.value.id), node.attr, None)
+                    found += [value] if plain(value) else []
             found.append(ast.dump(tree))
     return found
 

@@ -35,6 +35,7 @@ without infograph, S7 ImageNet's recipe, S8 ImageNet-A and -R among their own cl
 import copy
 import difflib
 import functools
+import importlib
 import math
 import random
 import sys
@@ -165,17 +166,19 @@ class AdamSPD(torch.optim.Optimizer):
     """Alg. 2: Adam with selective projection decay, per parameter tensor. Options, of every group:
 
     spd_lambda   lambda of Eq. (4). It is no weight decay: 1 is the value to try first, and 0.1 does
-                 next to nothing. On a smooth loss without noise SPD is Adam whatever the strength,
-                 by design; `report` says what it did.
-    anchor       theta_0. "pretrained": the weights at the moment when the group is added; the state
-                 keeps them (4 bytes a parameter). "zero": the origin, for PEFT. "none": plain Adam.
+                 next to nothing. On a smooth loss, with steps too small to overshoot, SPD is Adam
+                 whatever the strength, by design; `report` says what it did.
+    anchor       theta_0. "pretrained": the weights at the moment when the group is added, of a
+                 frozen layer those before its first step; the state keeps them (4 bytes a parameter
+                 in fp32). "zero": the origin, for PEFT. "none": plain Adam.
                  Differs (S2): each parameter has its own, new layers too, and any groups will do.
     condition    "code": of each step alone, as the authors' code; "paper": accumulated (S4).
     weight_decay AdamW's, towards 0, taken off before the step. 0 is SPD as published.
     master       fp16 and bf16 weights have a copy in fp32, and the steps change that one: otherwise
-                 they lose every change that is smaller than their grid.
-    fused        the compiled kernel. None: where csrc/ is there and the tensors of a step have a
-                 million elements or more, since for less its build would not pay. True: insist.
+                 they lose every change that is smaller than their grid. The copy is the truth then.
+    fused        the compiled kernel. None: where csrc/ is there and a group's contiguous tensors,
+                 fp32 or with master, have a million elements or more, since for less its build
+                 would not pay. True: insist.
     foreach      `spd_step_foreach`, not for sharded or half weights. None: on a GPU without kernel.
     """
 
@@ -190,6 +193,8 @@ class AdamSPD(torch.optim.Optimizer):
         check_options(self, group)
         super().add_param_group(group)
         group = self.param_groups[-1]
+        if any(param.is_complex() for param in group["params"]):
+            raise ValueError("AdamSPD: complex weights are not supported")
         if any(hasattr(param, "_fsdp_flattened") for param in group["params"]):
             raise ValueError("AdamSPD: FSDP1's flat parameters mix layers; use fully_shard")
         for param in group["params"]:  # a frozen one begins when it is trained
@@ -215,7 +220,7 @@ class AdamSPD(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and param.numel():
                     state = self._ready(param, group)
-                    key = param.device, param.dtype, state["step"]
+                    key = param.device, param.dtype, param.is_contiguous(), state["step"]
                     alike.setdefault(key, []).append(param)
             for params in alike.values():
                 self._step(params, group)
@@ -240,7 +245,7 @@ class AdamSPD(torch.optim.Optimizer):
         return state
 
     def _step(self, params, group):
-        """One step of parameters of one device, type and step count."""
+        """One step of parameters that are alike in device, type, layout and step count."""
         states = [self.state[p] for p in params]
         anchors, step = [s.get("anchor") for s in states], states[0]["step"] + 1
         weights = [s.get("master", p) for s, p in zip(states, params, strict=True)]
@@ -248,7 +253,8 @@ class AdamSPD(torch.optim.Optimizer):
         if step == 1 and group["anchor"] == "pretrained":  # this waits for the device
             if any(whole((w != a).sum()) for w, a in zip(weights, anchors, strict=True)):
                 problem = "the weights are no longer those it was made of, which are the anchors"
-                warnings.warn(f"AdamSPD: {problem}; load weights first", stacklevel=5)
+                cure = "load weights first, unless the run is to start away from its anchors"
+                warnings.warn(f"AdamSPD: {problem}; {cure}", stacklevel=5)
         if group["weight_decay"]:
             for weight in weights:
                 weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
@@ -278,7 +284,7 @@ class AdamSPD(torch.optim.Optimizer):
     def report(self):
         """What the strength did until now, over all tensors with an anchor and all their steps:
         {"fired": share that was projected (c_t < 0 < r_t), "mean_r": mean r_t of those, "decay":
-        mean of lambda r_t over all}. fired 0: it was Adam.
+        mean of lambda r_t over all, with the lambda of now}. fired 0: it was Adam.
 
         Counting costs a step no wait for the device; this call waits.
         """
@@ -327,6 +333,8 @@ def check_options(optimiser, group):
         if not 0 <= options[name] < math.inf:
             value = options[name]
             raise ValueError(f"AdamSPD: {name} must be 0 or more and finite, got {value}")
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"AdamSPD: betas must be 0 or more and below 1, got {options['betas']}")
     strength, decay = options["spd_lambda"], options["weight_decay"]
     if (type(optimiser) is AdamSPD and 0 < strength <= 0.1) or decay >= 0.5:  # Differs (S1)
         ours = f"SPD's strength is spd_lambda, here {strength}: try 1; 0.1 does next to nothing"
@@ -356,9 +364,8 @@ def compiled():
     """The kernels of csrc/, where that folder lies beside this file and can be built; else None."""
     if not (HERE / "csrc" / "spd_step.cpp").is_file():
         return None
-    from csrc import build
-
-    return build.load()
+    package = f"{__package__}." if __package__ else ""  # this file may lie in a package
+    return importlib.import_module(f"{package}csrc.build").load()
 
 
 def param_groups(model, special=None):

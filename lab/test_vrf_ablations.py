@@ -114,16 +114,36 @@ def test_a_sweeps_ends_are_zero_shot_and_fine_tuned(setting, capsys):
     assert len(ends["0.0"]) == len(ends["1.0"]) == 1 and ends["0.0"] != ends["1.0"]
 
 
-def test_controls_print_eight_rows_and_a_gain_and_an_oracle_is_never_behind(setting, capsys):
-    *lines, gain = table_of(capsys, ablations.controls, setting)
-    assert len(lines) == 8 and {line[0] for line in lines} == {"E2E-FT"}
+def test_controls_print_eleven_rows_and_gains_and_an_oracle_is_never_behind(setting, capsys):
+    *lines, _, mean, _, gain = table_of(capsys, ablations.controls, setting)
+    assert len(lines) == 11 and {line[0] for line in lines} == {"E2E-FT"}
     assert " ".join(gain).startswith("E2E-FT: VRF less OSE calibrated: ")
+    assert " ".join(mean).startswith("E2E-FT: VRF, mean of ties less OSE: ")
     own = ablations.percent(setting, setting.outcome.p_vrf)
-    assert lines[0][2:-1] == [f"{x:.1f}" for x in own]
+    assert lines[1][2:-1] == [f"{x:.1f}" for x in own]
     alpha = vrf.ose_row("", 0, setting.raw).choice
     chosen = ablations.percent(setting, vrf.ose_scores(setting.raw, alpha))
     oracle = [float(cell) for cell in lines[-2][3:]]
     assert all(bound >= x - 0.05 for bound, x in zip(oracle, chosen, strict=True))
+
+
+def test_the_pairs_that_tie_on_id_val_are_averaged_and_the_least_of_them_named(setting):
+    found = {}  # (a, b) -> accuracy on ID val, images right on the tests
+    for ab in vrf.ab_grid(setting.config):
+        mixed = {}
+        for split, x in setting.calibrated.items():
+            w = vrf.weight(setting.outcome.d[split], *ab)
+            mixed[split] = vrf.vrf(x.p_zs, x.p_ft, w).argmax(1) == x.labels
+        found[ab] = mixed.pop("val").double().mean(), mixed
+    best = max(on_val for on_val, _ in found.values())
+    tied = {ab: right for ab, (on_val, right) in found.items() if on_val == best}
+    mean, least = ablations.tied_rows(setting)
+    assert len(tied) == setting.outcome.ties and least.choice in tied
+    for split, share in mean.right.items():
+        parts = [right[split].double() for right in tied.values()]
+        torch.testing.assert_close(share, torch.stack(parts).mean(0))
+    shift = {ab: [r.double().mean() for s, r in x.items() if s != "test"] for ab, x in tied.items()}
+    assert sum(shift[least.choice]) == min(map(sum, shift.values()))
 
 
 def test_an_oracle_is_tuned_on_the_set_itself(setting):

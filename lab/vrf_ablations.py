@@ -176,7 +176,7 @@ def windows(d):
 
 def controls(s):
     """For every model with ensembles, mean over --seeds: what of VRF's gain is its temperatures'
-    (A7), and the bounds of tuning on the test sets.
+    (A7) and its choice among ties (A11), and the bounds of tuning on the test sets.
     """
     rows = []
     for seed in range(s.config.seed, s.config.seed + s.config.seeds):
@@ -187,16 +187,21 @@ def controls(s):
     print("\n" + common.accuracy_table(rows, title))
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
     for name in dict.fromkeys(row.method.split(" +")[0] for row in rows):
-        on_id, shift = common.gain(rows, f"{name} +VRF", f"{name} +OSE calibrated")
-        print(f"{name}: VRF less OSE calibrated: {say(*on_id)} on ID, {say(*shift)} under shift")
+        for method, base in (("VRF", "OSE"), ("VRF, mean of ties", "OSE"),
+                             ("VRF, least of ties", "OSE"), ("VRF", "OSE calibrated")):  # fmt: skip
+            on_id, shift = common.gain(rows, f"{name} +{method}", f"{name} +{base}")
+            print(f"{name}: {method} less {base}: {say(*on_id)} on ID, {say(*shift)} under shift")
 
 
 def control_rows(s):
-    """VRF; OSE and LSE (Sec. 5.3) of the same calibrated models; VRF of models without temperatures
-    and of those whose temperatures have the least negative log-likelihood (A6).
+    """OSE; VRF, also by the other (a, b) that tie on ID val; OSE and LSE (Sec. 5.3) of the same
+    calibrated models; VRF of models without temperatures and of those whose temperatures have the
+    least negative log-likelihood (A6).
     """
     name, seed, rows = s.name, s.config.seed, []
+    rows.append(vrf.ose_row(f"{name} +OSE", seed, s.raw))
     rows.append(vrf.row_of(f"{name} +VRF", seed, s.outcome.p_vrf, s.raw, s.outcome.ab))
+    rows += tied_rows(s)
     rows.append(vrf.ose_row(f"{name} +OSE calibrated", seed, s.calibrated))
     half = vrf.ose_scores(s.calibrated, 0.5)
     rows.append(vrf.row_of(f"{name} +OSE calibrated, alpha 1/2", seed, half, s.raw, 0.5))
@@ -209,6 +214,29 @@ def control_rows(s):
         outcome = rerun(s, sets, s.V)
         rows.append(vrf.row_of(f"{name} +{title}", seed, outcome.p_vrf, s.raw, outcome.ab))
     return rows
+
+
+def tied_rows(s):
+    """VRF by the pairs (a, b) that are all best on ID val (A11): the mean over them, and the one
+    that is least accurate under shift, which is a bound and no result.
+    """
+    rows = []
+    for ab in vrf.ab_grid(s.config):
+        p = {}
+        for split, x in s.calibrated.items():
+            p[split] = vrf.vrf(x.p_zs, x.p_ft, vrf.weight(s.outcome.d[split], *ab))
+        on_val = common.accuracy(p.pop("val"), s.calibrated["val"].labels)
+        rows.append(
+            (on_val, vrf.row_of(f"{s.name} +VRF, least of ties", s.config.seed, p, s.raw, ab))
+        )
+    best = max(on_val for on_val, _ in rows)
+    tied = [row for on_val, row in rows if on_val == best]
+    share = {x: torch.stack([r.right[x].double() for r in tied]).mean(0) for x in tied[0].right}
+    mean = common.Row(f"{s.name} +VRF, mean of ties", s.config.seed, share)
+    return [
+        mean,
+        min(tied, key=lambda row: common.mean_shift(common.accuracies([row], row.method))),
+    ]
 
 
 def oracles(s):

@@ -324,6 +324,8 @@ def test_gain_pairs_runs_by_seed_and_keeps_id_and_shifts_apart():
     assert shift[1:] == pytest.approx((75 - half, 75 + half))
     rows = rows_of(0, other, other) + rows_of(1, base, base)[::-1]  # alike in both runs
     assert common.gain(rows, "a", "b") == ((0, 0, 0), (0, 0, 0))
+    with pytest.raises(ValueError, match="a, b: two rows of one method and seed"):
+        common.gain([*rows, rows[0]], "a", "b")
 
 
 @pytest.mark.parametrize(("runs", "share"), [(2, 0.0), (3, 0.5), (5, 0.95)])

@@ -1,11 +1,13 @@
 """A finished training is read again only if nothing that shapes it has changed."""
 
+import functools
 import importlib.util
 import shutil
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import CLIP, image_files, linear_model, random_split, settings
 
 import common
@@ -123,3 +125,34 @@ def test_data_that_moved_keep_their_checkpoints_and_other_images_do_not(tmp_path
     data = common.Split("train", "elsewhere", moved, data.labels)
     assert train(tmp_path / "b", data=data) == 1
     assert train(tmp_path / "c", data=image_files(tmp_path / "other", height=31)) == 2
+
+
+def scaled(logits, labels, by):
+    return by * F.cross_entropy(logits, labels)
+
+
+def test_settings_that_a_loss_reads_or_is_given_are_part_of_the_name(tmp_path):
+    def run(config, loss, by):
+        model = linear_model()
+        loss = functools.partial(loss, by=by)
+
+        def loss_fn(images, labels):
+            return config.val_fraction * F.cross_entropy(model(images)[1], labels)
+
+        args = config, "run", model, random_split(16), CLIP
+        common.fine_tune(*args, loss_fn, key={"code": common.hash_of(common.code_of(loss))})
+        return len(list(tmp_path.glob("checkpoints/*.pt")))
+
+    for share, by, count in ((0.1, 1, 1), (0.2, 1, 2), (0.2, 2, 3), (0.1, 1, 3)):
+        assert run(settings(tmp_path, val_fraction=share), scaled, by) == count
+
+
+def test_a_key_that_hides_a_shared_setting_and_an_optimiser_of_another_model_are_refused(tmp_path):
+    model, args = linear_model(), (random_split(16), CLIP)
+    ours = {"optimiser": torch.optim.SGD(model.parameters(), lr=1.0), "key": {"lr": 1.0}}
+    with pytest.raises(ValueError, match="key: 'lr' is in every key already"):
+        common.fine_tune(settings(tmp_path), "run", model, *args, **ours)
+    with pytest.raises(
+        ValueError, match="run: the optimiser was made of another model's parameters"
+    ):
+        common.fine_tune(settings(tmp_path), "run", linear_model(), *args, **ours | {"key": {}})

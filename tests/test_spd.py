@@ -5,7 +5,9 @@ The compiled kernel of spd_step is compared with spd.spd_step in test_spd_step.p
 
 import copy
 import io
+import os
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -249,6 +251,7 @@ def test_strengths_and_anchors_go_by_name_and_a_wrapped_model_is_shown():
         ({"condition": "book"}, "condition must be one of .*, got 'book'"),
         ({"lr": -1.0}, "lr must be 0 or more and finite, got -1"),
         ({"spd_lambda": float("inf")}, "spd_lambda must be"),
+        ({"betas": (0.9, 1.0)}, "betas must be 0 or more and below 1"),
         ({"anchr": "none"}, "no option 'anchr'; the options are .*anchor"),
         ({"lambda": 2.0}, "no option 'lambda'; the options are .*spd_lambda"),
     ],
@@ -259,6 +262,19 @@ def test_a_group_that_cannot_be_meant_is_refused_and_not_added(options, words):
         optimiser.add_param_group({"params": network(1).parameters(), **options})
     assert len(optimiser.param_groups) == 1
     optimiser.add_param_group({"params": network(1).parameters(), "lr_scale": 0.5})  # timm's
+
+
+def test_a_transposed_weight_goes_apart_and_does_not_keep_the_others_from_the_kernel():
+    class Watched(spd.AdamSPD):
+        def update(self, tensors, *rest):
+            calls.append([weight.is_contiguous() for weight in tensors[0]])
+            super().update(tensors, *rest)
+
+    calls, weights = [], [torch.ones(3, 4), torch.ones(4, 3).T, torch.ones(2)]
+    optimiser = Watched([weight.requires_grad_() for weight in weights])
+    sum(weight.sum() for weight in weights).backward()
+    optimiser.step()
+    assert calls == [[True, True], [False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -419,6 +435,21 @@ print("trained")
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout == "trained\n", done.stderr
+
+
+def test_within_a_package_it_takes_the_csrc_beside_it(tmp_path):
+    package = tmp_path / "own" / "optim"
+    shutil.copytree(common.HERE / "csrc", package / "csrc")
+    shutil.copy(common.HERE / "spd.py", package)
+    code = "from own.optim import spd; print(spd.compiled())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "KERNELS": "off"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "kernels: switched off by KERNELS=off, using PyTorch\nNone\n", done.stderr
 
 
 # the script

@@ -121,6 +121,7 @@ def test_algorithm_1_by_hand():
     found = vrf.algorithm_1(V, 1, val, {"test": test}, grid)
     torch.testing.assert_close(found.d["test"], torch.tensor([0.0, 2.0]))  # squared
     assert found.ab == (1.0, 0.5)  # at a = 4 FT outweighs ZS everywhere; (1.1, 0.5) only equals it
+    assert found.ties == 2
     w = torch.sigmoid(torch.tensor([2.0, -2.0]))
     torch.testing.assert_close(found.p_vrf["test"][:, 1], 0.8 * w + 0.2 * (1 - w))
 
