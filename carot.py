@@ -273,13 +273,17 @@ def new_training(config, name, clip, data, extra=None):
     coefficients = config.oc, config.sd, config.cross_fnorm
     forms = {"oc": config.oc_form, "cross": config.cross_form}
 
+    # In pieces the gradient is the same; bound here, it is no part of the checkpoint's name.
+    encode_pairs = functools.partial(encode, micro=config.micro_batch)
+    taught_logits = functools.partial(logits_of, micro=config.micro_batch)
+
     def loss_fn(batch):
-        f, g = encode(student, *batch, config.micro_batch)
+        f, g = encode_pairs(student, *batch)
         taught = None
         if config.sd and module.updates:  # not in step 0, where the teacher is the student
             teacher.eval()  # for BatchNorm
             with torch.no_grad():
-                taught = logits_of(teacher, *batch, config.micro_batch)
+                taught = taught_logits(teacher, *batch)
         W = projections(student) if config.oc or config.cross_fnorm else (None, None)
         with torch.autocast(device.type, enabled=False):
             logits = similarity(f, g, student.logit_scale.exp())

@@ -1383,13 +1383,15 @@ def code_of(thing):
     the way or closed over, those of a closed-over config that it reads among them. Comments,
     docstrings and line breaks change nothing. What it calls in other files is not seen.
     """
-    options = getattr(thing, "args", ()), getattr(thing, "keywords", {})
-    thing = getattr(thing, "func", thing)  # of a functools.partial
+    bound = ()
+    if isinstance(thing, functools.partial):
+        thing, bound = thing.func, (*thing.args, *thing.keywords.values())
     home = sys.modules[thing.__module__]
-    names = getattr(getattr(thing, "__code__", None), "co_freevars", ())
     cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    closed_over, seen = dict(zip(names, cells, strict=True)), set()
-    found = [str(options), *(x for x in cells if plain(x))]
+    names = getattr(getattr(thing, "__code__", None), "co_names", ())  # attributes among them
+    configs = [x for x in cells if dataclasses.is_dataclass(x)]
+    values = [*bound, *cells, *(getattr(x, name, None) for x in configs for name in names)]
+    found, seen = [x for x in values if plain(x)], set()
     todo = [getattr(home, getattr(thing, "__qualname__", "").split(".")[0], thing)]
     while todo:
         x = todo.pop()
@@ -1408,9 +1410,6 @@ def code_of(thing):
                     node.value.value = ""  # a docstring
                 if isinstance(node, ast.Name):
                     todo.append(getattr(home, node.id, None))
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                    value = getattr(closed_over.get(node.value.id), node.attr, None)
-                    found += [value] if plain(value) else []
             found.append(ast.dump(tree))
     return found
 
