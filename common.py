@@ -29,10 +29,9 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -910,6 +909,10 @@ def plan_training(config, data):
     own_val = "held-out" not in data.val.path
     note_idle(config, pretrained=config.weights and "beside --weights")
     note_idle(config, val_fraction=own_val and "where ID val is not held out of the training set")
+    sets = data.train, data.val, data.test, *data.shifts
+    least = min(config.batch, *(len(split.labels) for split in sets))
+    if least < world():
+        raise InputError(f"{world()} processes for a batch or set of {least} images; start fewer")
     if config.warmup >= steps and not cut:
         print(f"note: --warmup {config.warmup} is no shorter than the training")
     if config.batch > n:
@@ -1235,9 +1238,12 @@ def in_processes(work, argv, runs, jobs, device):
         return [work(argv, run) for run in runs]
     spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
     with ProcessPoolExecutor(jobs, spawn, start_worker, [threads]) as pool:
-        tasks = [pool.submit(interruptible, work, argv, run) for run in runs]
-        workers = multiprocessing.active_children()
+        workers = []
         try:
+            tasks = [pool.submit(interruptible, work, argv, run) for run in runs]
+            workers += multiprocessing.active_children()
+            for task in as_completed(tasks):
+                task.result()  # raises the first error as it comes
             return [task.result() for task in tasks]
         except BaseException as error:  # Ctrl-C, or an error of one: no other goes on
             for worker in workers:
@@ -1287,7 +1293,8 @@ def training_key(config, clip, split, key=None, loss_fn=None, optimiser=None):
     found = {name: getattr(config, name) for name in fields}
     found |= {"skip_bad_images": config.skip_bad_images, "data": fingerprint(split)}
     found |= {"images": len(split.labels), "architecture": hash_of(clip.key)}
-    if twice := sorted(found.keys() & (key or {}).keys()):
+    reserved = {*found, "loss_fn", "optimiser", "quick_gelu"}
+    if twice := sorted(reserved & (key or {}).keys()):
         raise ValueError(f"key: {twice[0]!r} is in every key already; give yours another name")
     found |= key or {}
     if loss_fn:
@@ -1305,9 +1312,11 @@ def new_training(config, name, module, optimiser, loss_fn, batches_from, key):
     """Training whose checkpoint is named by a hash of the starting weights and `key`, which must
     have "images", their number. Hashing 350 MB of weights takes 0.4 s.
     """
-    file = f"{slug(name)}-seed-{config.seed}-{hash_of(module.state_dict(), key)}.pt"
+    n, weights = key["images"], module.state_dict()
+    title, per_epoch = f"{name}, seed {config.seed}", steps_of_epoch(n, config.batch)
+    left_out = ["the short batch is left out"] * (per_epoch < math.ceil(n / config.batch))
+    file = f"{slug(name)}-seed-{config.seed}-{hash_of(weights, key, *left_out)}.pt"
     path = Path(config.out) / "checkpoints" / file
-    title, per_epoch = f"{name}, seed {config.seed}", steps_of_epoch(key["images"], config.batch)
     return Training(title, module, optimiser, loss_fn, batches_from, per_epoch, path, key)
 
 
@@ -1378,44 +1387,57 @@ def hash_of(*things):
 
 
 def code_of(thing):
-    """The program behind a function, class or object, for `hash_of`: its source, that of what it
-    names in its file, of what these name, and so on, and the numbers, strings and tensors met on
-    the way or closed over, those of a closed-over config that it reads among them. Comments,
-    docstrings and line breaks change nothing. What it calls in other files is not seen.
+    """The program behind a function, class or object, for `hash_of`: its own definition, those of
+    all that it names in its file, of what these name, and so on; also the numbers and strings that
+    it closes over, or reads of a config that it closes over. Comments, docstrings and line breaks
+    change nothing. Not seen is what it calls in other files.
     """
     bound = ()
     if isinstance(thing, functools.partial):
-        thing, bound = thing.func, (*thing.args, *thing.keywords.values())
-    home = sys.modules[thing.__module__]
+        thing, bound = (
+            thing.func,
+            [*thing.args, *map(str, thing.keywords), *thing.keywords.values()],
+        )
+    if not hasattr(thing, "__qualname__"):  # an object: its class, and the numbers that it holds
+        return [code_of(type(thing)), [f"{k}={v}" for k, v in vars(thing).items() if plain(v)]]
     cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    names = getattr(getattr(thing, "__code__", None), "co_names", ())  # attributes among them
     configs = [x for x in cells if dataclasses.is_dataclass(x)]
+    names = names_in(thing.__code__) if configs else ()  # attributes among them
     values = [*bound, *cells, *(getattr(x, name, None) for x in configs for name in names)]
-    found, seen = [x for x in values if plain(x)], set()
-    todo = [getattr(home, getattr(thing, "__qualname__", "").split(".")[0], thing)]
+    values = [str(x) for x in values if plain(x)]
+    try:
+        tree = ast.parse(Path(inspect.getsourcefile(thing)).read_text(encoding="utf-8"))
+    except (OSError, TypeError):  # typed into a console or a notebook
+        functions = [f for f in (thing, *vars(thing).values()) if hasattr(f, "__code__")]
+        return [[(f.__code__.co_code.hex(), names_in(f.__code__)) for f in functions], values]
+    defined, found, todo = {}, {}, [thing.__qualname__.split(".")[0]]
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = [n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store)]
+            defined |= {n.id: node for n in targets if isinstance(n, ast.Name)}
+        elif hasattr(node, "name"):
+            defined[node.name] = node
     while todo:
-        x = todo.pop()
-        if isinstance(x, (list, tuple, dict)):
-            todo += x.values() if isinstance(x, dict) else x
-        elif plain(x) or isinstance(x, (torch.Tensor, np.ndarray)):
-            found.append(x)
-        elif getattr(x, "__module__", "") == thing.__module__ and id(x) not in seen:
-            seen.add(id(x))
-            if not hasattr(x, "__qualname__"):  # an object
-                todo += [type(x), vars(x)]
-                continue
-            tree = ast.parse(textwrap.dedent(inspect.getsource(x)))  # without comments
-            for node in ast.walk(tree):
+        name = todo.pop()
+        if name in defined and name not in found:
+            for node in ast.walk(defined[name]):
                 if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                     node.value.value = ""  # a docstring
                 if isinstance(node, ast.Name):
-                    todo.append(getattr(home, node.id, None))
-            found.append(ast.dump(tree))
-    return found
+                    todo.append(node.id)
+            found[name] = ast.dump(defined[name])
+    return [found, values]
+
+
+def names_in(code):
+    """The names and constants of compiled code, and of functions within it."""
+    inner = [names_in(x) if inspect.iscode(x) else [repr(x)] for x in code.co_consts]
+    return [*code.co_names, *(name for names in inner for name in names)]
 
 
 def plain(x):
-    return isinstance(x, (bool, int, float, str, tuple))
+    """Whether its text says all of it."""
+    return isinstance(x, (bool, int, float, str)) or isinstance(x, tuple) and all(map(plain, x))
 
 
 def cached(config, name, key, compute):

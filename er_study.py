@@ -267,6 +267,7 @@ def follow(config, data, clip, zero_shot, measurement, setting, loss=None):
     recipe = [getattr(config, f) for f in ("batch", "weight_decay", "warmup", "clip", "precision")]
     key = [start.state_dict(), clip.key, recipe]
     key += [common.fingerprint(s) for s in (data.train, *splits)]
+    key.append(common.hash_of(loss and common.code_of(loss)))
     steps = cadence(common.steps_of_epoch(len(data.train.labels), config.batch), setting.epochs)
     return record(config, measurement, setting, key, steps, evaluations)
 
@@ -354,7 +355,15 @@ def record(config, measurement, setting, key, steps, evaluations):
     [N]}) for the steps in `todo`; resume: whether a training may go on from its checkpoint.
     """
     bed, columns = measurement.testbed, [f.name for f in dataclasses.fields(Point)]
-    key = [key, dataclasses.asdict(setting), bed.models, bed.k, config.draws, columns]
+    key = [
+        key,
+        dataclasses.asdict(setting),
+        sorted(steps),
+        bed.models,
+        bed.k,
+        config.draws,
+        columns,
+    ]
     name = common.slug(f"{setting.run}, seed {setting.seed}")
     path = Path(config.out) / "trajectories" / f"{name}-{common.hash_of(key)}.csv"
     saved = read(path) if config.resume and path.is_file() else []

@@ -221,9 +221,9 @@ def test_flyp_is_carot_with_all_coefficients_zero_to_the_last_bit(clip, tmp_path
 def test_the_teacher_is_not_asked_in_step_0_and_gets_no_gradient(clip, tmp_path, monkeypatch):
     real, asked = carot.encode, []
 
-    def watched(model, *args):
+    def watched(model, *args, **options):
         asked.append((model, torch.is_grad_enabled()))
-        return real(model, *args)
+        return real(model, *args, **options)
 
     monkeypatch.setattr(carot, "encode", watched)
     module = tuned(tmp_path, clip, digits())

@@ -47,7 +47,7 @@ def kill_workers(pid, number):
 
 
 def test_the_error_of_one_process_ends_all(tmp_path):
-    with pytest.raises(common.InputError, match="run 0 has nothing to do"):
+    with pytest.raises(common.InputError, match="run . has nothing to do"):
         common.in_processes(work, (str(tmp_path), "0"), range(4), 2, "cpu")
     assert not multiprocessing.active_children()
 

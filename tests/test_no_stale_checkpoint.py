@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import common
 
 ALPHA = 0.5
+CRITERION = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
 SHARES = {"logits": torch.tensor(0.1)}
 
 class Smooth:
@@ -48,7 +49,7 @@ def train(config, model, split, clip):
     def loss_fn(images, labels):
         logits = model(images)[1]
         loss = weight * smooth(logits, labels) + HARD(logits, labels)
-        return loss + ALPHA * penalty(logits)
+        return loss + ALPHA * penalty(logits) + CRITERION(logits, labels)
 
     optimiser = Descent(model.parameters(), speed=0.5)
     common.fine_tune(config, "run", model, split, clip, loss_fn, optimiser, key={})
@@ -75,6 +76,7 @@ def train(folder, old="", new="", data=None):
         ("the loss", "weight * smooth", "weight + smooth"),
         ("a function that it calls", "square()", "abs()"),
         ("a number of its file", "ALPHA = 0.5", "ALPHA = 0.6"),
+        ("an object of another file", "label_smoothing=0.1", "label_smoothing=0.2"),
         ("a tensor in a table of its file", "tensor(0.1)", "tensor(0.2)"),
         ("an object of its file", "Smooth(0.0)", "Smooth(0.3)"),
         ("an option of an object that it calls", "Smooth(0.1)", "Smooth(0.2)"),
@@ -143,15 +145,17 @@ def test_settings_that_a_loss_reads_or_is_given_are_part_of_the_name(tmp_path):
         common.fine_tune(*args, loss_fn, key={"code": common.hash_of(common.code_of(loss))})
         return len(list(tmp_path.glob("checkpoints/*.pt")))
 
-    for share, by, count in ((0.1, 1, 1), (0.2, 1, 2), (0.2, 2, 3), (0.1, 1, 3)):
+    for share, by, count in ((0.1, 1, 1), (0.2, 1, 2), (0.2, 2, 3), (0.1, 1, 3)):  # a name each
         assert run(settings(tmp_path, val_fraction=share), scaled, by) == count
 
 
 def test_a_key_that_hides_a_shared_setting_and_an_optimiser_of_another_model_are_refused(tmp_path):
     model, args = linear_model(), (random_split(16), CLIP)
     ours = {"optimiser": torch.optim.SGD(model.parameters(), lr=1.0), "key": {"lr": 1.0}}
-    with pytest.raises(ValueError, match="key: 'lr' is in every key already"):
-        common.fine_tune(settings(tmp_path), "run", model, *args, **ours)
+    for name in ("lr", "loss_fn"):
+        ours["key"] = {name: 1.0}
+        with pytest.raises(ValueError, match=f"key: '{name}' is in every key already"):
+            common.fine_tune(settings(tmp_path), "run", model, *args, **ours)
     with pytest.raises(
         ValueError, match="run: the optimiser was made of another model's parameters"
     ):
