@@ -1046,7 +1046,8 @@ def run(main):
         if isinstance(error, InputError):
             sentence = str(error)
         elif isinstance(error, OSError) and error.filename:
-            sentence = f"{error.filename}: {error.strerror}"
+            cure = "check the path and its permissions, or name another"
+            sentence = f"{error.filename}: {error.strerror}; {cure}"
         elif isinstance(error, MemoryError) or re.search("(of|allocate) memory", str(error)):
             cure = "a smaller --batch, carot.py's --micro-batch or, on a GPU, --precision bf16"
             sentence = f"out of memory ({first_line(error)}); {cure} needs less"

@@ -187,8 +187,8 @@ def controls(s):
     print("\n" + common.accuracy_table(rows, title))
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
     for name in dict.fromkeys(row.method.split(" +")[0] for row in rows):
-        for method, base in (("VRF", "OSE"), ("VRF, mean of ties", "OSE"),
-                             ("VRF, least of ties", "OSE"), ("VRF", "OSE calibrated")):  # fmt: skip
+        pairs = [(vrf_row, "OSE") for vrf_row in ("VRF", "VRF, mean of ties", "VRF, least of ties")]
+        for method, base in (*pairs, ("VRF", "OSE calibrated")):
             on_id, shift = common.gain(rows, f"{name} +{method}", f"{name} +{base}")
             print(f"{name}: {method} less {base}: {say(*on_id)} on ID, {say(*shift)} under shift")
 
@@ -220,23 +220,22 @@ def tied_rows(s):
     """VRF by the pairs (a, b) that are all best on ID val (A11): the mean over them, and the one
     that is least accurate under shift, which is a bound and no result.
     """
-    rows = []
+    method, rows = f"{s.name} +VRF, least of ties", []
     for ab in vrf.ab_grid(s.config):
         p = {}
         for split, x in s.calibrated.items():
             p[split] = vrf.vrf(x.p_zs, x.p_ft, vrf.weight(s.outcome.d[split], *ab))
         on_val = common.accuracy(p.pop("val"), s.calibrated["val"].labels)
-        rows.append(
-            (on_val, vrf.row_of(f"{s.name} +VRF, least of ties", s.config.seed, p, s.raw, ab))
-        )
+        rows.append((on_val, vrf.row_of(method, s.config.seed, p, s.raw, ab)))
     best = max(on_val for on_val, _ in rows)
     tied = [row for on_val, row in rows if on_val == best]
     share = {x: torch.stack([r.right[x].double() for r in tied]).mean(0) for x in tied[0].right}
     mean = common.Row(f"{s.name} +VRF, mean of ties", s.config.seed, share)
-    return [
-        mean,
-        min(tied, key=lambda row: common.mean_shift(common.accuracies([row], row.method))),
-    ]
+
+    def under_shift(row):
+        return common.mean_shift(common.accuracies([row], method))
+
+    return [mean, min(tied, key=under_shift)]
 
 
 def oracles(s):

@@ -393,3 +393,24 @@ def test_a_hash_tells_dtype_shape_order_and_value_apart():
     things = [t, t.double(), t.reshape(2, 2), t + 1, {"a": t}, {"b": t}, [t, t], "t", 1, "1", 1.0]
     assert len({common.hash_of(x) for x in things}) == len(things)
     assert common.hash_of({"a": 1, "b": t}) == common.hash_of({"b": t.clone(), "a": 1})
+
+
+def test_an_inf_in_another_process_skips_the_step_in_this_one(tmp_path, monkeypatch):
+    def average(parameters):  # what all_reduce makes of another process's inf
+        for parameter in parameters:
+            parameter.grad.fill_(torch.inf)
+
+    monkeypatch.setattr(common, "average_gradients", average)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimiser, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu")
+    config = settings(tmp_path, precision="fp16")
+    common.train_step(config, optimiser, scaler, lambda batch: (weight * batch[0]).sum(), [weight])
+    assert weight.tolist() == [1, 1, 1] and scaler.get_scale() < 2**16
+
+
+def test_more_processes_than_images_of_a_batch_are_refused(monkeypatch):
+    split = random_split(16)
+    data = common.Data("folder", ["a", "b"], ["{}"], split, split, split, [], [])
+    monkeypatch.setattr(common, "world", lambda: 9)
+    with pytest.raises(common.InputError, match="9 processes for a batch or set of 8 images"):
+        common.plan_training(common.Run(batch=8), data)

@@ -52,6 +52,19 @@ def test_the_error_of_one_process_ends_all(tmp_path):
     assert not multiprocessing.active_children()
 
 
+def slow_but_for_run_1(argv, run):
+    if run == 1:
+        raise common.InputError("run 1 has nothing to do")
+    time.sleep(60)
+
+
+def test_the_error_of_a_later_run_does_not_wait_for_an_earlier_one():
+    start = time.monotonic()
+    with pytest.raises(common.InputError, match="run 1 has nothing to do"):
+        common.in_processes(slow_but_for_run_1, (), range(3), 2, "cpu")
+    assert time.monotonic() - start < 50
+
+
 @pytest.mark.parametrize(
     ("number", "whom", "code"),
     [

@@ -3,6 +3,7 @@
 import itertools
 import math
 import multiprocessing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,3 +291,8 @@ def test_wrong_arguments_are_refused_by_name(any_knn, queries, reference, k, wor
     with pytest.raises(ValueError) as problem:
         any_knn(queries, reference, k)
     assert words in str(problem.value) and "knn_kth_distance" in str(problem.value)
+
+
+def test_a_level_that_nobody_has_timed_is_not_taken_by_itself():
+    module = SimpleNamespace(knn_kth_distance_levels=lambda: "avx512bf16 avx512 avx2 ")
+    assert ops.Kernels(module).level == "avx512"

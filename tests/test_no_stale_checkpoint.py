@@ -160,3 +160,15 @@ def test_a_key_that_hides_a_shared_setting_and_an_optimiser_of_another_model_are
         ValueError, match="run: the optimiser was made of another model's parameters"
     ):
         common.fine_tune(settings(tmp_path), "run", linear_model(), *args, **ours | {"key": {}})
+
+
+def test_a_training_whose_short_batch_more_processes_leave_out_has_another_name(
+    tmp_path, monkeypatch
+):
+    def name(n):  # batches of 8
+        args = settings(tmp_path, batch=8), "run", linear_model(), random_split(n), CLIP
+        return common.image_training(*args).path.name
+
+    alone = name(66), name(68)
+    monkeypatch.setattr(common, "world", lambda: 4)
+    assert name(66) != alone[0] and name(68) == alone[1]  # 2 images for 4 processes; 4
