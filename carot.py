@@ -263,7 +263,7 @@ def pairs_from(config, split, clip, tokens, device, first):
         yield images, tokens[labels, templates.popleft()]
 
 
-def new_training(config, name, clip, data, extra=None):
+def pair_training(config, name, clip, data, extra=None):
     """(Distilled, Training): a copy of the CLIP, to be trained on image-caption pairs with
     `carot_loss`. extra(f, logits) -> [], of image features [B, D], is added to it (the ablations').
     """
@@ -310,9 +310,9 @@ def update_teacher(config, module, done, steps):
         module.updates += 1
 
 
-def fine_tune(config, name, clip, data, extra=None):
-    """Train a copy of the CLIP as `new_training` says, by `recipe`'s settings.  -> Distilled"""
-    module, training = new_training(config, name, clip, data, extra)
+def train_on_pairs(config, name, clip, data, extra=None):
+    """Train a copy of the CLIP as `pair_training` says, by `recipe`'s settings.  -> Distilled"""
+    module, training = pair_training(config, name, clip, data, extra)
     steps = common.steps_of(config, len(data.train.labels))
     for done in common.train_steps(config, training):
         update_teacher(config, module, done, steps)
@@ -347,7 +347,7 @@ def train_models(config, data, clip, zero_shot, seed):
     for method in common.choose(config.methods, METHODS, "--methods"):
         settings = recipe(config, method, seed)
         if method in ("FLYP", "CaRot"):
-            tuned = fine_tune(settings, method, clip, data).student
+            tuned = train_on_pairs(settings, method, clip, data).student
             models[method] = as_classifier(config, data, clip, tuned)
             kept = {"model": models[method].state_dict(), "quick_gelu": clip.quick_gelu}
             path = f"{config.out}/models/{common.slug(method)}-{seed}.pt"

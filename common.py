@@ -2,7 +2,7 @@
 
 The first half is about the papers' experiments, in the order in which a script uses it: CLIP, data,
 train, predict, metrics, tables. Below the line in the middle nothing is about the papers: command
-line, processes, files, kernels.
+line, open_clip's names and errors, processes, files, kernels.
 
 Shapes, in every file: B batch, N samples, C classes, D features, M stored failures, T templates.
 `config` is a script's Config, a `Run` with the method's own settings; these functions read only the
@@ -166,28 +166,6 @@ def load_clip(config):
     return Clip(model, tokenizer, name, quick_gelu, size, mean, std)
 
 
-def create(name, tag, quick_gelu):
-    """(open_clip's model, tokenizer); `tag`: of the weights to download. Raises InputError."""
-    import open_clip
-
-    options = {"force_quick_gelu": quick_gelu, "pretrained_text": False}
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it says "initialized randomly" though weights may follow
-    try:
-        model = open_clip.create_model(name, pretrained=tag, **options).float().eval()
-        tokenizer = open_clip.get_tokenizer(name)
-    except (ImportError, OSError, RuntimeError) as error:
-        cure = "install what it asks for (SigLIP's needs transformers), or, without a network, get"
-        cure += " the file elsewhere and pass --weights PATH"
-        raise InputError(f"could not get {name} / {tag} ({first_line(error)}); {cure}") from error
-    finally:
-        logging.disable(before)
-    if getattr(model.visual, "output_tokens", False):
-        cure = "expected one vector, as of CLIP and SigLIP"
-        raise InputError(f"--model {name}: its image tower (CoCa) gives tokens, too; {cure}")
-    return model, tokenizer
-
-
 def load_finetuned(path, trust, data, clip, zero_shot):
     """Classifier of the fine-tuned checkpoint `path`: its own head, or one from its text tower."""
     state, metadata = read_classifier(path, trust, zero_shot.state_dict())
@@ -240,18 +218,6 @@ def zero_shot_head(clip, classes, templates, device="cpu"):
     head = open_clip.build_zero_shot_classifier(*texts, device=device)
     print(f"zero-shot head: {len(classes)} names x {len(templates)} prompts")
     return (head.T * model.logit_scale.exp()).float()
-
-
-def check_names(tokenizer, classes, template, head):
-    """Say which class names do not fit the text tower, and whose rows of the head are the same."""
-    tokens, padding = tokenizer([template.format(name) for name in classes]), tokenizer([""])[0, -1]
-    if cut := [classes[i][:60] for i in (tokens[:, -1] != padding).nonzero()]:
-        rest = f"{tokens.shape[1]} tokens, so that the rest may be cut off: {listed(cut)}"
-        print(f"note: {len(cut)} class names fill all {rest}")
-    rows = (F.normalize(head.cpu(), dim=1) * 1e4).round()
-    _, kind, count = rows.unique(dim=0, return_inverse=True, return_counts=True)
-    if same := [classes[i][:60] for i in (count[kind] > 1).nonzero()]:
-        print(f"note: zero-shot cannot tell these class names apart: {listed(same)}")
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -326,21 +292,6 @@ def describe(data):
     notes += data.notes + [f"MISSING, so not evaluated: {name}" for name in data.missing]
     found = table(["set", "images", "classes", "expected", "path"], rows, f"data: {data.kind}")
     return "\n".join([found, *notes])
-
-
-def fingerprint(split):
-    """Hash of a split for the names of caches and checkpoints: its name, labels and class map; of
-    files their folder and name, which survive a move, and the sizes of about 1,000 of them; of
-    arrays the pixels. Costs 2 s for 1.28 M files, once.
-    """
-    if split.hash is None:
-        images = split.images
-        if not isinstance(images, np.ndarray):
-            sample = images[:: max(1, len(images) // 1000)]
-            sizes = [os.path.getsize(path) if os.path.isfile(path) else -1 for path in sample]
-            images = [["/".join(path.rsplit(os.sep, 2)[-2:]) for path in images], sizes]
-        split.hash = hash_of(split.name, images, split.labels, split.groups, split.border)
-    return split.hash
 
 
 def project(logits, groups):
@@ -816,34 +767,6 @@ def accuracy_table(rows, title):
     return table(["method", *rows[0].right, "avg shift", "chosen"], lines, title)
 
 
-def write_results(config, device, rows):
-    """Append a line per row to results.jsonl: counts, and what they are worthless without, which is
-    settings, commit, versions, device.
-    """
-    run = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "given"}}
-    run["versions"] = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "open_clip")}
-    run["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    run["time"], run["commit"] = time.strftime("%Y-%m-%dT%H:%M:%S%z"), commit()
-    lines = []
-    for row in rows:
-        counts = {s: {"right": int(right.sum()), "n": len(right)} for s, right in row.right.items()}
-        said = {"method": row.method, "seed": row.seed, "choice": row.choice, "ours": row.ours}
-        lines.append(json.dumps({**said, **row.numbers, "right": counts, "run": run}))
-    path = Path(config.out) / "results.jsonl"
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if write_file(path, lambda file: file.write_text(before + "\n".join(lines) + "\n")):
-        print(f"\nresults: {path}")
-
-
-def commit():
-    """Of this repository; empty without git."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
 @contextlib.contextmanager
 def figure(path, header, columns=1, rows=1):
     """Yields the axes [rows, columns] of a new figure, and a list for the numbers that are drawn.
@@ -1117,6 +1040,9 @@ def interrupts():
             signal.signal(number, old)
 
 
+# --- open_clip ------------------------------------------------------------------------------------
+
+
 def check_model_name(config):
     """Raises InputError unless open_clip has --model, and --pretrained for it."""
     import open_clip
@@ -1141,6 +1067,40 @@ def needs_quick_gelu(config, metadata):
     if config.weights and "quick_gelu" not in known:
         print(f"{config.weights} does not say which activation it needs; --quick-gelu overrules")
     return bool(known.get("quick_gelu"))
+
+
+def create(name, tag, quick_gelu):
+    """(open_clip's model, tokenizer); `tag`: of the weights to download. Raises InputError."""
+    import open_clip
+
+    options = {"force_quick_gelu": quick_gelu, "pretrained_text": False}
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it says "initialized randomly" though weights may follow
+    try:
+        model = open_clip.create_model(name, pretrained=tag, **options).float().eval()
+        tokenizer = open_clip.get_tokenizer(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        cure = "install what it asks for (SigLIP's needs transformers), or, without a network, get"
+        cure += " the file elsewhere and pass --weights PATH"
+        raise InputError(f"could not get {name} / {tag} ({first_line(error)}); {cure}") from error
+    finally:
+        logging.disable(before)
+    if getattr(model.visual, "output_tokens", False):
+        cure = "expected one vector, as of CLIP and SigLIP"
+        raise InputError(f"--model {name}: its image tower (CoCa) gives tokens, too; {cure}")
+    return model, tokenizer
+
+
+def check_names(tokenizer, classes, template, head):
+    """Say which class names do not fit the text tower, and whose rows of the head are the same."""
+    tokens, padding = tokenizer([template.format(name) for name in classes]), tokenizer([""])[0, -1]
+    if cut := [classes[i][:60] for i in (tokens[:, -1] != padding).nonzero()]:
+        rest = f"{tokens.shape[1]} tokens, so that the rest may be cut off: {listed(cut)}"
+        print(f"note: {len(cut)} class names fill all {rest}")
+    rows = (F.normalize(head.cpu(), dim=1) * 1e4).round()
+    _, kind, count = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    if same := [classes[i][:60] for i in (count[kind] > 1).nonzero()]:
+        print(f"note: zero-shot cannot tell these class names apart: {listed(same)}")
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -1237,11 +1197,11 @@ def in_processes(work, argv, runs, jobs, device):
     """
     if jobs == 1 or world() > 1 or pick_device(device).type != "cpu":
         return [work(argv, run) for run in runs]
-    spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
-    with ProcessPoolExecutor(jobs, spawn, start_worker, [threads]) as pool:
+    threads = max(1, os.cpu_count() // jobs)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         workers = []
         try:
-            tasks = [pool.submit(interruptible, work, argv, run) for run in runs]
+            tasks = [pool.submit(in_worker, threads, work, argv, run) for run in runs]
             workers += multiprocessing.active_children()
             for task in as_completed(tasks):
                 task.result()  # raises the first error as it comes
@@ -1260,8 +1220,10 @@ def in_processes(work, argv, runs, jobs, device):
             ) from error
 
 
-def start_worker(threads):
-    """A process of `in_processes` begins: silent, with its threads, and gone when its parent is."""
+def in_worker(threads, work, argv, run):
+    """work(argv, run) in a process of `in_processes`: silent, and gone when its parent is, or when
+    it is interrupted, so that it begins no other run.
+    """
 
     def follow():
         multiprocessing.parent_process().join()
@@ -1269,13 +1231,9 @@ def start_worker(threads):
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
-    sys.stdout = open(os.devnull, "w")
-
-
-def interruptible(work, argv, run):
-    """work(argv, run); an interrupted process ends, so that it begins no other run."""
     try:
-        return work(argv, run)
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            return work(argv, run)
     except KeyboardInterrupt:
         os._exit(130)
 
@@ -1362,6 +1320,21 @@ def check_finite(training, values, step):
         raise InputError(f"{training.name}: {problem}; {cure}{kept}")
 
 
+def fingerprint(split):
+    """Hash of a split for the names of caches and checkpoints: its name, labels and class map; of
+    files their folder and name, which survive a move, and the sizes of about 1,000 of them; of
+    arrays the pixels. Costs 2 s for 1.28 M files, once.
+    """
+    if split.hash is None:
+        images = split.images
+        if not isinstance(images, np.ndarray):
+            sample = images[:: max(1, len(images) // 1000)]
+            sizes = [os.path.getsize(path) if os.path.isfile(path) else -1 for path in sample]
+            images = [["/".join(path.rsplit(os.sep, 2)[-2:]) for path in images], sizes]
+        split.hash = hash_of(split.name, images, split.labels, split.groups, split.border)
+    return split.hash
+
+
 def hash_of(*things):
     """Short stable hash of tensors, arrays, state dicts, numbers, strings (nested): cache keys."""
     digest = hashlib.sha256()  # in hardware; blake2b takes three times as long over a model
@@ -1395,10 +1368,8 @@ def code_of(thing):
     """
     bound = ()
     if isinstance(thing, functools.partial):
-        thing, bound = (
-            thing.func,
-            [*thing.args, *map(str, thing.keywords), *thing.keywords.values()],
-        )
+        bound = [*thing.args, *map(str, thing.keywords), *thing.keywords.values()]
+        thing = thing.func
     if not hasattr(thing, "__qualname__"):  # an object: its class, and the numbers that it holds
         return [code_of(type(thing)), [f"{k}={v}" for k, v in vars(thing).items() if plain(v)]]
     cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
@@ -1496,6 +1467,34 @@ def write_file(path, write):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         print(f"could not write {path} ({first_line(error)}); going on without", file=sys.stderr)
         return False
+
+
+def write_results(config, device, rows):
+    """Append a line per row to results.jsonl: counts, and what they are worthless without, which is
+    settings, commit, versions, device.
+    """
+    run = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "given"}}
+    run["versions"] = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "open_clip")}
+    run["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    run["time"], run["commit"] = time.strftime("%Y-%m-%dT%H:%M:%S%z"), commit()
+    lines = []
+    for row in rows:
+        counts = {s: {"right": int(right.sum()), "n": len(right)} for s, right in row.right.items()}
+        said = {"method": row.method, "seed": row.seed, "choice": row.choice, "ours": row.ours}
+        lines.append(json.dumps({**said, **row.numbers, "right": counts, "run": run}))
+    path = Path(config.out) / "results.jsonl"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if write_file(path, lambda file: file.write_text(before + "\n".join(lines) + "\n")):
+        print(f"\nresults: {path}")
+
+
+def commit():
+    """Of this repository; empty without git."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def slug(text):

@@ -612,7 +612,7 @@ def by_val(rows):
     return chosen
 
 
-def print_table(config, rows):
+def print_tables(config, rows):
     """Accuracies of all runs, then of the strengths that ID val chose; the deviation; and what
     AdamSPD reports.
     """
@@ -655,7 +655,7 @@ def figure(config, rows):
         axis.legend()
 
 
-def print_gains(rows):
+def summary(rows):
     """Sentences on the table, computed from it."""
     say = "{:+.2f} [{:+.2f}, {:+.2f}]".format
     ours, theirs, summed = (f"{m}, by ID val" for m in ("Adam-SPD", "L2-SP", "Adam-SPD (sum)"))
@@ -671,7 +671,7 @@ def print_gains(rows):
 
 
 @functools.cache  # once in every process of common.in_processes
-def prepared(argv):
+def prepare(argv):
     """Command line -> config, data, Clip, zero-shot Classifier."""
     config, data = common.setup(Config, argv, __doc__, PRESETS)
     recipes(config)  # refuses what it does not know, before any work
@@ -680,7 +680,7 @@ def prepared(argv):
 
 def one_run(argv, run):
     """Row of a method in one run: trained, unless it is zero-shot, and evaluated."""
-    (name, seed), (config, data, clip, zero_shot) = run, prepared(argv)
+    (name, seed), (config, data, clip, zero_shot) = run, prepare(argv)
     config, model, found = replace(config, seed=seed), zero_shot, {}
     method, strength = recipes(config).get(name, ("Zero-shot", None))
     if method != "Zero-shot":
@@ -692,17 +692,17 @@ def one_run(argv, run):
 
 def main(argv=None):
     argv = tuple(sys.argv[1:] if argv is None else argv)
-    prepared.cache_clear()  # the data may be others by now
-    config, data, _, zero_shot = prepared(argv)
+    prepare.cache_clear()  # the data may be others by now
+    config, data, _, zero_shot = prepare(argv)
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [(name, seed) for seed in seeds for name in ("Zero-shot", *recipes(config))]
     rows = common.in_processes(one_run, argv, runs, config.jobs, config.device)
     rows += by_val(rows)
     common.write_results(config, zero_shot.head.weight.device, rows)
-    print_table(config, rows)
+    print_tables(config, rows)
     if data.shifts:
         figure(config, [r for r in rows if r.choice is None])
-        print_gains(rows)
+        summary(rows)
     return rows
 
 

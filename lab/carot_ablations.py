@@ -67,7 +67,7 @@ def tuned(s, seed, name="", extra=None, **changes):
     settings = dataclasses.replace(carot.recipe(s.config, "CaRot", seed), **changes)
     constrained = settings.oc or settings.sd or settings.cross_fnorm
     name = name or ("CaRot" if constrained else "FLYP")
-    module = carot.fine_tune(settings, name, s.clip, s.data, extra)
+    module = carot.train_on_pairs(settings, name, s.clip, s.data, extra)
     return carot.as_classifier(s.config, s.data, s.clip, module.student)
 
 

@@ -321,7 +321,7 @@ def steps_of(name, config, data, clip, start):
     import spd
 
     if name in ("FLYP", "CaRot"):
-        module, training = carot.new_training(config, name, clip, data)
+        module, training = carot.pair_training(config, name, clip, data)
         steps = common.steps_of(config, len(data.train.labels))
         for done in common.train_steps(config, training):
             carot.update_teacher(config, module, done, steps)

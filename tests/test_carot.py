@@ -201,7 +201,7 @@ def small_config(out, **changes):
 
 
 def tuned(out, clip, data, **changes):
-    return carot.fine_tune(small_config(out, **changes), "CaRot", clip, data)
+    return carot.train_on_pairs(small_config(out, **changes), "CaRot", clip, data)
 
 
 def trained(config, clip, seed=0):
@@ -264,20 +264,20 @@ def test_lp_ft_starts_from_a_random_head_and_the_others_from_zero_shot(clip, tmp
 def test_an_interrupted_run_continues_bit_for_bit_with_its_teacher(clip, tmp_path):
     data, parts = digits(), small_config(tmp_path / "parts")
     whole = tuned(tmp_path / "whole", clip, data).state_dict()
-    module, training = carot.new_training(parts, "CaRot", clip, data)
+    module, training = carot.pair_training(parts, "CaRot", clip, data)
     for done in common.train_steps(parts, training):
         carot.update_teacher(parts, module, done, 6)
         if done == 5:  # the checkpoint is from step 3
             break
     torch.manual_seed(99)
-    again = carot.fine_tune(parts, "CaRot", clip, data).state_dict()
+    again = carot.train_on_pairs(parts, "CaRot", clip, data).state_dict()
     assert whole.keys() == again.keys() and any(k.startswith("teacher.") for k in whole)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_another_loss_teacher_or_caption_is_another_checkpoint(clip, tmp_path):
     def path(**changes):
-        return carot.new_training(small_config(tmp_path, **changes), "CaRot", clip, data)[1].path
+        return carot.pair_training(small_config(tmp_path, **changes), "CaRot", clip, data)[1].path
 
     data, forms = digits(), dict.fromkeys(("oc_form", "cross_form"), "paper")
     changes = forms | {"ema_every": 3, "oc": 0.1, "sd": 0.1, "cross_fnorm": 0.1}

@@ -11,19 +11,19 @@ from compiled import ARCHITECTURES, TOOLKIT, kernels, said
 pytestmark = pytest.mark.skipif(
     not TOOLKIT, reason="no nvcc, or PyTorch is no CUDA build: CUDA kernels not compiled"
 )
-TARGETS = [int(a.replace(".", "").removesuffix("+PTX")) for a in ARCHITECTURES.split(";")]
+TARGETS = re.findall(r"\d+\w*", ARCHITECTURES.replace(".", ""))  # 75, or 90a
 
 
 def ptxas_table(text):
     """(architecture, kernel) -> (registers, shared bytes, spilled bytes), from `ptxas -v`."""
     rows = {}
     for part in re.split(r"Compiling entry function ", text)[1:]:
-        mangled, architecture = re.match(r"'(\S+)' for 'sm_(\d+)", part).groups()
+        mangled, architecture = re.match(r"'(\S+)' for 'sm_(\w+)'", part).groups()
         kernel = re.search(r"\d((?:knn|spd)_\w+?_kernel)", mangled)[1]
         shared = re.search(r"(\d+) bytes smem", part)
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", part)))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
-        rows[int(architecture), kernel] = registers, int(shared[1]) if shared else 0, spilled
+        rows[architecture, kernel] = registers, int(shared[1]) if shared else 0, spilled
     return rows
 
 

@@ -536,7 +536,7 @@ def test_the_script_trains_chooses_resumes_and_repeats(tree, tmp_path, capsys):
 def test_the_best_epoch_on_id_val_is_kept_and_not_the_last(tree, tmp_path):
     """A rate that ruins the model after its first epoch."""
     text = "--epochs 4 --lr 0.01 --warmup 20 --mixup 0 --cutmix 0"
-    config, data, clip, zero_shot = spd.prepared(tuple(words(tree, tmp_path, text)))
+    config, data, clip, zero_shot = spd.prepare(tuple(words(tree, tmp_path, text)))
 
     def make(model):
         return spd.optimiser_of(config, "AdamW", None, model)
