@@ -15,7 +15,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from small import image_files, make_tree
+from small import image_files
 
 import common
 
@@ -123,11 +123,6 @@ def test_a_bad_command_ends_in_one_sentence_and_exit_code_two(
     sentence = said.splitlines()[-1]
     assert sentence.startswith(f"{script}.py: ") and 20 < len(sentence) < 5900
     assert not list(tmp_path.rglob("checkpoints/*"))  # refused before the first training
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.mark.parametrize(("given", "words"), rows(SETUPS))

@@ -68,10 +68,12 @@ def test_the_model_a_user_names_gets_the_digits_recipe_and_not_their_weights(tmp
 # --- training ---
 
 
-def test_the_learning_rate_warms_up_linearly_and_ends_at_zero():
+def test_the_learning_rate_warms_up_linearly_and_ends_at_zero_or_its_share():
     factor = [common.warmup_cosine(step, 500, 25_030) for step in (0, 499, 500, 25_029)]
     assert factor[:3] == [1 / 500, 1.0, 1.0] and 0 < factor[3] < 1e-8
     assert common.warmup_cosine(500 + 12_265, 500, 25_030) == pytest.approx(0.5)
+    assert common.warmup_cosine(60, 10, 110, end=0.5) == pytest.approx(0.75)
+    assert common.warmup_cosine(110, 10, 110, end=0.5) == pytest.approx(0.5)
 
 
 def test_an_epoch_is_a_permutation_with_its_own_crops_and_does_not_depend_on_the_first_step():

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small import TINY, few_digits, make_tree, picture, use_digits
+from small import TINY, few_digits, picture, use_digits
 
 import common
 import vrf
@@ -33,11 +33,6 @@ def right(rows, method):
 
 def share(rows, method, split):
     return np.mean(right(rows, method)[split])
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.fixture(scope="module")

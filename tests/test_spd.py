@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small import TINY, make_tree
+from small import TINY
 from torch import nn
 
 import common
@@ -417,12 +417,7 @@ def test_state_follows_a_model_to_another_type():
 # lifted out
 
 
-def test_the_file_alone_trains_and_runs_nothing_of_a_foreign_common(tmp_path):
-    (tmp_path / "spd.py").write_text((common.HERE / "spd.py").read_text())
-    (tmp_path / "common.py").write_text("raise SystemExit('the other project ran')\n")
-    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('numpy')\n")
-    (tmp_path / "csrc").mkdir()  # somebody else's
-    code = """
+OTHER_PROJECT = """
 import torch; from spd import AdamSPD, param_groups
 model = torch.nn.Linear(1200, 1000)
 optimiser = AdamSPD(param_groups(model), lr=1e-2, spd_lambda=1.0)
@@ -430,26 +425,21 @@ for _ in range(3):
     optimiser.zero_grad(); model(torch.randn(4, 1200)).square().mean().backward()
     optimiser.step()
 print("trained")
+from own.optim import spd; print(spd.compiled())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout == "trained\n", done.stderr
 
 
-def test_within_a_package_it_takes_the_csrc_beside_it(tmp_path):
-    package = tmp_path / "own" / "optim"
-    shutil.copytree(common.HERE / "csrc", package / "csrc")
-    shutil.copy(common.HERE / "spd.py", package)
-    code = "from own.optim import spd; print(spd.compiled())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "KERNELS": "off"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "kernels: switched off by KERNELS=off, using PyTorch\nNone\n", done.stderr
+def test_the_file_alone_trains_beside_a_foreign_common_and_takes_the_csrc_of_its_package(tmp_path):
+    (tmp_path / "common.py").write_text("raise SystemExit('the other project ran')\n")
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('numpy')\n")
+    (tmp_path / "csrc").mkdir()  # somebody else's
+    shutil.copy(common.HERE / "spd.py", tmp_path)
+    shutil.copytree(common.HERE / "csrc", tmp_path / "own" / "optim" / "csrc")
+    shutil.copy(common.HERE / "spd.py", tmp_path / "own" / "optim")
+    options = {"cwd": tmp_path, "env": {**os.environ, "KERNELS": "off"}, "text": True}
+    run = subprocess.run([sys.executable, "-c", OTHER_PROJECT], capture_output=True, **options)
+    off = "kernels: switched off by KERNELS=off, using PyTorch\nNone\n"
+    assert run.stdout == "trained\n" + off, run.stderr
 
 
 # the script
@@ -482,11 +472,6 @@ def test_deits_crops_and_randaugment_depend_on_the_seed_of_the_image_alone():
     assert "RandAugment" in words and "RandomHorizontalFlip" in words and "ColorJitter" not in words
 
 
-def test_the_rate_warms_up_and_ends_at_its_share():
-    rates = [common.warmup_cosine(step, 10, 110, end=0.5) for step in (0, 9, 60, 110)]
-    assert rates == pytest.approx([0.1, 1, 0.75, 0.5])
-
-
 def test_imagenet_has_the_groups_recipe_and_what_the_user_typed_stays():
     config = spd.Config(warmup=7, given=frozenset(["warmup"]))
     common.apply_preset(config, "imagenet", spd.PRESETS)
@@ -503,16 +488,11 @@ def test_the_strength_is_chosen_by_id_val_for_each_run_and_of_equals_the_first()
     assert chosen == [("L2-SP, by ID val", 0, 1), ("L2-SP, by ID val", 1, 2)]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("tree"))
-
-
 def words(tree, out, text):
     return ["--data", str(tree), "--out", str(out), *TINY, "--jobs", "1", *text.split()]
 
 
-def test_the_script_trains_chooses_resumes_and_repeats(tree, tmp_path, capsys):
+def test_the_script_trains_and_chooses(tree, tmp_path, capsys):
     text = "--methods AdamW,Adam-SPD --spd-lambda 2 --epochs 3 --lr 1e-3 --mixup 0"
     rows = spd.main(words(tree, tmp_path, text))
     printed = capsys.readouterr().out
@@ -526,11 +506,6 @@ def test_the_script_trains_chooses_resumes_and_repeats(tree, tmp_path, capsys):
     fired, r, decay = (ours.numbers[name] for name in ("fired", "mean_r", "decay"))
     assert 0.1 < fired < 1 and decay == pytest.approx(2 * fired * r)
     assert f"{fired:.0%}  {r:.4f}" in printed and "fired" not in adamw.numbers
-    again = spd.main(words(tree, tmp_path, text))
-    assert "trained before" in capsys.readouterr().out
-    for a, b in zip(rows, again, strict=True):
-        assert a.numbers == b.numbers and a.right.keys() == b.right.keys()
-        assert equal(a.right.values(), b.right.values())
 
 
 def test_the_best_epoch_on_id_val_is_kept_and_not_the_last(tree, tmp_path):
@@ -552,16 +527,23 @@ def test_the_best_epoch_on_id_val_is_kept_and_not_the_last(tree, tmp_path):
 
 
 def test_another_condition_loss_or_rate_is_another_checkpoint(tree, tmp_path):
-    text = "--methods Adam-SPD --spd-lambda 1 --epochs 1 --mixup 0 --cutmix 0"
-    flags = "", "--smoothing 0", "--lr-end 0.5", "--augment deit"
-    for i, change in enumerate(flags, 1):
-        spd.main(words(tree, tmp_path, f"{text} {change}"))
-        assert len(list(tmp_path.glob("checkpoints/adam-spd-1-*.pt"))) == i
-    rows = spd.main(words(tree, tmp_path, f"{text} --condition both"))
-    names = ["Zero-shot", "Adam-SPD 1", "Adam-SPD (sum) 1"]
-    assert [r.method for r in rows if r.choice is None] == names
-    assert len(list(tmp_path.glob("checkpoints/adam-spd-1-*.pt"))) == len(flags)  # trained before
-    assert rows[1].numbers["deviation"] != rows[2].numbers["deviation"]
+    def trainings(change):
+        """{method: name of its checkpoint}"""
+        text = f"--methods Adam-SPD --spd-lambda 1 --mixup 0 --cutmix 0 {change}"
+        config, data, clip, start = spd.prepare(tuple(words(tree, tmp_path, text)))
+        found = {}
+        for name, recipe in spd.recipes(config).items():
+            optimiser = spd.optimiser_of(config, *recipe, start)
+            found[name] = spd.training_of(config, name, start, data, clip, optimiser, {}).path
+        return found
+
+    (plain,) = trainings("").values()
+    changed = [trainings(x) for x in ("--smoothing 0", "--lr-end 0.5", "--augment deit")]
+    assert len({plain, *(path for (path,) in map(dict.values, changed))}) == 4
+    both = trainings("--condition both")
+    assert list(both) == ["Adam-SPD 1", "Adam-SPD (sum) 1"] and both["Adam-SPD 1"] == plain
+    optimiser = spd.optimiser_of(spd.Config(), "Adam-SPD (sum)", 1.0, network())
+    assert optimiser.defaults["condition"] == "paper"
 
 
 def test_the_readmes_example_trains():
