@@ -54,8 +54,9 @@ PRESETS["digits"] |= {"warmup": 38, "ema_every": 8}
 
 
 # Defaults of common.Run: ViT-B-16 (and RN50, ViT-L-14), 10 epochs (App. A.3); weight decay 0.1, 500
-# steps of warm-up, gradients of norm 1 at most (FT, LP-FT; T11), of the authors' code, which has
-# fp16 in autocast.
+# steps of warm-up, gradients clipped to norm 1 (FT, LP-FT), of the authors' code, which has fp16 in
+# autocast. Differs (A10): 2 % of ImageNet's training images are held out here, too, though nothing
+# is chosen on them, so that vrf.py --finetuned and the lab can; --selection code trains on all.
 @dataclass
 class Config(common.Run):
     methods: str = arg("FT,LP-FT,FLYP,CaRot", "what to train, comma-separated")
@@ -121,12 +122,12 @@ def orthogonality(W_v, form="code"):
 
 
 def self_distillation(logits, teacher_logits):
-    """Eq. (5): L_SD = 1/B sum_i KL(q~_i. || q_i.) + KL(q~_.i || q_.i), q softmax, and the entropy
-    of q~, which has no gradient.  2 x [B, B] -> []
+    """Eq. (5): L_SD = 1/B sum_i [KL(q~_i. || q_i.) + KL(q~_.i || q_.i)], here plus the entropies of
+    all q~, which have no gradient (T5).  2 x [B, B] -> []
 
-    q_i. is over the texts of the batch for image i, q_.i over its images for text i; q~ is the
-    teacher's, with its own s. There is no further temperature, and the two directions are summed,
-    where Eq. (3) halves.
+    q is a softmax: q_i. over the texts of the batch for image i, q_.i over its images for text i;
+    q~ is the teacher's, with its own s. There is no further temperature, and the two directions are
+    summed, where Eq. (3) halves.
     """
     loss = 0
     for z, z_teacher in ((logits, teacher_logits), (logits.T, teacher_logits.T)):
@@ -172,7 +173,7 @@ def ema(psi, theta, m):
 
 
 def singular_values(features):
-    """Ineqs. (1), (2), Fig. 6: those of I^T I / N, I the features with mean 0 and variance 1 in
+    """Ineqs. (1), (2), Fig. 6: those of X^T X / N, X the features with mean 0 and variance 1 in
     each dimension; largest first, the last is sigma_min.  [N, D] -> [D]
 
     Independent dimensions have all 1.
@@ -225,7 +226,8 @@ def encode(model, images, texts, micro=0):
 
     if not 0 < micro < len(images):
         pieces = [encode_piece(images, texts)]
-    else:  # Differs (T12): the code's users add up gradients of small batches, another loss
+    else:  # Differs (T12): the authors have two GPUs. Adding up small batches' gradients, as many
+        # do, would be another loss
         parts = zip(images.split(micro), texts.split(micro), strict=True)
         pieces = [checkpoint(encode_piece, *part, use_reentrant=False) for part in parts]
     return [common.gather(torch.cat(features)) for features in zip(*pieces, strict=True)]
@@ -259,7 +261,7 @@ def pairs_from(config, split, clip, tokens, device, first):
             yield [(pair // T, crop) for pair, crop in pairs]
 
     transform = common.train_transform(clip.size, clip.mean, clip.std)
-    for images, labels, _ in common.load_images(split, transform, images_drawn(), config, device):
+    for images, labels in common.load_images(split, transform, images_drawn(), config, device):
         yield images, tokens[labels, templates.popleft()]
 
 
@@ -273,7 +275,8 @@ def pair_training(config, name, clip, data, extra=None):
     coefficients = config.oc, config.sd, config.cross_fnorm
     forms = {"oc": config.oc_form, "cross": config.cross_form}
 
-    # In pieces the gradient is the same; bound here, it is no part of the checkpoint's name.
+    # The size of a piece changes no gradient. It is bound here, and not read in loss_fn, so that it
+    # is no part of the checkpoint's name.
     encode_pairs = functools.partial(encode, micro=config.micro_batch)
     taught_logits = functools.partial(logits_of, micro=config.micro_batch)
 
@@ -294,7 +297,6 @@ def pair_training(config, name, clip, data, extra=None):
     key = {"ema_every": config.ema_every, "forms": str(forms), "coefficients": str(coefficients)}
     key["captions"] = common.hash_of(tokens)
     key["teacher"] = common.hash_of(common.code_of(update_teacher))  # edited, it trains anew
-    key["extra"] = common.hash_of(extra and common.code_of(extra))
     key = common.training_key(config, clip, data.train, key, loss_fn)
     batches_from = functools.partial(pairs_from, config, data.train, clip, tokens, device)
     optimiser = common.adamw(config, student)
@@ -321,7 +323,8 @@ def train_on_pairs(config, name, clip, data, extra=None):
 
 def recipe(config, method, seed):
     """The settings of one training: what the methods do not have in common."""
-    # Differs (T11): the contrastive methods' gradients are not clipped, as in the authors' code
+    # The contrastive methods' gradients are not clipped, neither here nor in the authors' code.
+    # LP-FT is not vrf.py's: its head starts at random, and each stage has half the epochs.
     first_half = max(1, config.epochs // 2)
     changes = {
         "FT": {"lr": config.lr_ft},
@@ -438,7 +441,7 @@ def calibration_table(rows, name, title):
 def print_tables(config, data, rows):
     """Tabs. 2 and 3 in their form, sigma_min, and for ImageNet the paper's numbers."""
     runs = f"mean of {config.seeds} run{'s' * (config.seeds > 1)}"
-    print("\n" + common.accuracy_table(rows, f"accuracy in %, {runs}"))
+    print("\n" + common.accuracy_table(rows, f"accuracy in % (test: ID), {runs}"))
     print("\n" + calibration_table(rows, "ECE", f"ECE over each whole set, 10 bins, {runs}"))
     if data.kind == "imagenet":  # to compare with the paper's Table 3
         title = f"ECE, mean over batches of 512 (T7), {runs}"

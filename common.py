@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -283,7 +284,7 @@ def describe(data):
                 "not compare its numbers with published ones; unpack the archive again."
             )
     if data.val is data.test:
-        notes.append("val is the test set: selection sees the reported images.")
+        notes.append("val is the test set: whatever is chosen on it sees the reported images.")
     if data.kind == "imagenet" and len(data.classes) < 1000:
         notes.append(
             f"train/ has {len(data.classes)} of ImageNet's 1000 classes: all sets are cut down to "
@@ -362,8 +363,7 @@ def image_training(config, name, model, split, clip, loss_fn=None, optimiser=Non
 
     def batches_from(first):
         order = batches(n, config.batch, steps_of(config, n), config.seed, first)
-        for images, labels, _ in load_images(split, transform, map(shard, order), config, device):
-            yield images, labels
+        yield from load_images(split, transform, map(shard, order), config, device)
 
     def cross_entropy(images, labels):
         return F.cross_entropy(gather(model(images)[1]), gather(labels))
@@ -443,7 +443,7 @@ def train_steps(config, training):
                 save(config, training, scaler, done)
             bar.update()
             if ends_epoch and rank() == 0:
-                epoch = f"epoch {done // per_epoch} of {config.epochs}, loss {loss.item():.3f}"
+                epoch = f"epoch {done // per_epoch} of {config.epochs}, last loss {loss.item():.3f}"
                 bar.write(f"{training.name}: {epoch}, rate {group['lr']:.1e}", file=sys.stderr)
             if stop:
                 raise KeyboardInterrupt
@@ -456,8 +456,10 @@ def train_step(config, optimiser, scaler, loss_fn, batch):
         loss = loss_fn(batch)
     scaler.scale(loss).backward()
     trained = [p for group in optimiser.param_groups for p in group["params"]]
-    average_gradients(trained)  # first, since unscale_ looks for inf, which all must find
-    scaler.unscale_(optimiser)  # so that the norm is the gradient's, and not 65,536 times it
+    gradients = [p.grad for p in trained if p.grad is not None]
+    average_gradients(gradients)  # first, since unscale_ looks for inf, which all must find
+    # Differs (T11): CaRot's code clips before, where the norm is still up to 65,536 times as large
+    scaler.unscale_(optimiser)
     if config.clip:  # a norm, no CLIP
         nn.utils.clip_grad_norm_(trained, config.clip)
     scaler.step(optimiser)
@@ -526,8 +528,8 @@ class Prediction:
 def forward(config, models, split, clip):
     """One pass over the images for all models: every file is decoded once.
 
-    Yields, in index order and on the CPU in fp32, (index [B], labels [B], {name: (raw features
-    [B, D], logits of the split's classes [B, C])}).
+    Yields, in their order and on the CPU in fp32, (labels [B], {name: (raw features [B, D], logits
+    of the split's classes [B, C])}).
     """
     device = next(next(iter(models.values())).parameters()).device
     n, size = len(split.labels), config.batch * world()
@@ -536,20 +538,19 @@ def forward(config, models, split, clip):
     transform = eval_transform(clip.size, clip.mean, clip.std)
     for model in models.values():
         model.eval()
-    for images, labels, index in load_images(split, transform, map(shard, order), config, device):
+    for images, labels in load_images(split, transform, map(shard, order), config, device):
         out = {}
         with autocast(device, config.precision):
             for name, model in models.items():
                 features, logits = model(images)
                 columns = features.float(), project(logits, split.groups)
                 out[name] = tuple(gather(x).cpu() for x in columns)
-        labels, index = (gather(x.to(device)).cpu() for x in (labels, index))
-        yield index, labels, out
+        yield gather(labels.to(device)).cpu(), out
 
 
 def predict(config, models, split, clip):
     """{name: Prediction}; what the cache has from the same weights and images is not run again."""
-    key = [fingerprint(split), clip.key, config.precision, config.skip_bad_images]
+    key = [fingerprint(split), clip.key, config.precision]
     paths = {}
     for name, model in models.items():
         paths[name] = cache_path(config, split.name, [model.state_dict(), key])
@@ -562,10 +563,16 @@ def predict(config, models, split, clip):
     return {n: Prediction(c["features"], c["logits"], c["labels"]) for n, c in found.items()}
 
 
+def right_images(config, model, data, clip):
+    """{split: bool [N]}, which images of the test set and the shifts a Classifier gets right."""
+    sets = (data.test, *data.shifts)
+    return {s.name: predict(config, {"": model}, s, clip)[""].right for s in sets}
+
+
 def forward_all(config, models, split, clip):
     """`forward` over a whole split.  -> {name: {"features", "logits", "labels": tensor}}"""
     labels, features, logits = [], {m: [] for m in models}, {m: [] for m in models}
-    for _, labels_of_batch, out in forward(config, models, split, clip):
+    for labels_of_batch, out in forward(config, models, split, clip):
         labels.append(labels_of_batch)
         for m in models:
             features[m].append(out[m][0])
@@ -585,7 +592,7 @@ def frozen_features(config, model, split, clip):
         return {"features": columns["features"], "labels": columns["labels"]}
 
     key = [model.visual.state_dict(), fingerprint(split), clip.key, config.precision]
-    kept = cached(config, "frozen", [*key, config.skip_bad_images], compute)
+    kept = cached(config, "frozen", key, compute)
     return kept["features"], kept["labels"]
 
 
@@ -672,7 +679,6 @@ class Row:
     seed: int
     right: dict  # {split: bool [N]}, which images it gets right; one of the splits is ID
     choice: object = None  # what was chosen on ID val: a number or several
-    ours: bool = False  # not in the paper's table
     numbers: dict = field(default_factory=dict)  # what else is written to results.jsonl
     tensors: dict = field(default_factory=dict)  # what else is kept in memory
 
@@ -719,6 +725,8 @@ def gain(rows, method, base, share=points):
     their seeds. share(row, split) -> [N]: of another measure what each image adds to it.
     """
     ours, theirs = ({r.seed: r for r in rows if r.method == m} for m in (method, base))
+    if not ours or not ours.keys() <= theirs.keys():
+        raise ValueError(f"{method}, {base}: no rows, or not of the same seeds; runs are paired")
     if len(ours) + len(theirs) < sum(r.method in (method, base) for r in rows):
         raise ValueError(f"{method}, {base}: two rows of one method and seed; runs are paired")
     of_runs, image_variance = {}, {}  # by split: [R]; of the mean over images
@@ -884,14 +892,15 @@ def parse(Config, argv, doc):
     parser = argparse.ArgumentParser(description=doc, exit_on_error=False, **look)
     shared = parser.add_argument_group("settings that all scripts share")
     method = parser.add_argument_group("settings of this script")
+    types = typing.get_type_hints(Config)
     fields = [f for f in dataclasses.fields(Config) if "help" in f.metadata]
     for f in fields:
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         options = {"help": text, "default": argparse.SUPPRESS}
-        if f.type is bool:
+        if types[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": f.type, "choices": f.metadata["choices"] or None}
+            options |= {"type": types[f.name], "choices": f.metadata["choices"] or None}
         group = shared if f.name in Run.__dataclass_fields__ else method
         group.add_argument(option(f.name), **options)
     try:
@@ -928,6 +937,8 @@ def apply_preset(config, kind, presets):
     if skip & {"model", "pretrained", "weights"}:
         skip |= {"model", "weights"}
     preset = {k: v for k, v in presets.get(kind, {}).items() if k not in skip}
+    if unknown := preset.keys() - vars(config).keys():
+        raise ValueError(f"preset {kind}: Config has no {sorted(unknown)[0]!r}")
     for name, value in preset.items():
         setattr(config, name, value)
     if preset:
@@ -1181,14 +1192,13 @@ def broadcast(x):
     return held[0]
 
 
-def average_gradients(parameters):
-    """The gradient of the whole batch's loss on every process, as the mean of theirs: that of a
-    parameter used before `gather` is, on each, of its own rows and times the number of processes.
+def average_gradients(gradients):
+    """Of gradients of the whole batch's loss the mean over processes, in place: that of a parameter
+    used before `gather` is, on each, of its own rows and times the number of processes.
     """
-    for parameter in parameters:
-        if world() > 1 and parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world()
+    for gradient in gradients if world() > 1 else ():
+        dist.all_reduce(gradient)
+        gradient /= world()
 
 
 def in_processes(work, argv, runs, jobs, device):
@@ -1250,8 +1260,8 @@ def training_key(config, clip, split, key=None, loss_fn=None, optimiser=None):
         raise ValueError("a loss_fn or optimiser of your own needs a key that names its settings")
     fields = "epochs", "batch", "lr", "weight_decay", "warmup", "clip", "precision", "seed"
     found = {name: getattr(config, name) for name in fields}
-    found |= {"skip_bad_images": config.skip_bad_images, "data": fingerprint(split)}
-    found |= {"images": len(split.labels), "architecture": hash_of(clip.key)}
+    found |= {"data": fingerprint(split), "images": len(split.labels)}
+    found |= {"architecture": hash_of(clip.key)}
     reserved = {*found, "loss_fn", "optimiser", "quick_gelu"}
     if twice := sorted(reserved & (key or {}).keys()):
         raise ValueError(f"key: {twice[0]!r} is in every key already; give yours another name")
@@ -1360,11 +1370,11 @@ def hash_of(*things):
     return digest.hexdigest()[:20]
 
 
-def code_of(thing):
+def code_of(thing, seen=()):
     """The program behind a function, class or object, for `hash_of`: its own definition, those of
-    all that it names in its file, of what these name, and so on; also the numbers and strings that
-    it closes over, or reads of a config that it closes over. Comments, docstrings and line breaks
-    change nothing. Not seen is what it calls in other files.
+    all that it names in its file, of what these name, and so on; that of the functions, and the
+    numbers and strings, that it closes over or reads of a config that it closes over. Comments,
+    docstrings and line breaks change nothing. Not seen is what it calls in other files.
     """
     bound = ()
     if isinstance(thing, functools.partial):
@@ -1373,22 +1383,19 @@ def code_of(thing):
     if not hasattr(thing, "__qualname__"):  # an object: its class, and the numbers that it holds
         return [code_of(type(thing)), [f"{k}={v}" for k, v in vars(thing).items() if plain(v)]]
     cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    if inspect.ismethod(thing):
+        cells += vars(thing.__self__).values()
     configs = [x for x in cells if dataclasses.is_dataclass(x)]
     names = names_in(thing.__code__) if configs else ()  # attributes among them
-    values = [*bound, *cells, *(getattr(x, name, None) for x in configs for name in names)]
+    held, seen = [*bound, *cells], (*seen, thing)
+    values = [*held, *(getattr(x, name, None) for x in configs for name in names)]
     values = [str(x) for x in values if plain(x)]
-    try:
-        tree = ast.parse(Path(inspect.getsourcefile(thing)).read_text(encoding="utf-8"))
-    except (OSError, TypeError):  # typed into a console or a notebook
+    values += [code_of(x, seen) for x in held if inspect.isfunction(x) and x not in seen]
+    defined, found, todo = definitions(thing), {}, [thing.__qualname__.split(".")[0]]
+    # A lambda has no name of its own; what was typed into a console or a notebook has no file.
+    if "<lambda>" in thing.__qualname__ or todo[0] not in defined:
         functions = [f for f in (thing, *vars(thing).values()) if hasattr(f, "__code__")]
-        return [[(f.__code__.co_code.hex(), names_in(f.__code__)) for f in functions], values]
-    defined, found, todo = {}, {}, [thing.__qualname__.split(".")[0]]
-    for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = [n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store)]
-            defined |= {n.id: node for n in targets if isinstance(n, ast.Name)}
-        elif hasattr(node, "name"):
-            defined[node.name] = node
+        values += [(f.__code__.co_code.hex(), names_in(f.__code__)) for f in functions]
     while todo:
         name = todo.pop()
         if name in defined and name not in found:
@@ -1398,7 +1405,23 @@ def code_of(thing):
                 if isinstance(node, ast.Name):
                     todo.append(node.id)
             found[name] = ast.dump(defined[name])
-    return [found, values]
+    return [thing.__qualname__, found, values]
+
+
+def definitions(thing):
+    """{name: syntax tree} of what the file of a function or class defines; {} without a file."""
+    try:
+        tree = ast.parse(Path(inspect.getsourcefile(thing)).read_text(encoding="utf-8"))
+    except (OSError, TypeError):
+        return {}
+    defined = {}
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = [n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store)]
+            defined |= {n.id: node for n in targets if isinstance(n, ast.Name)}
+        elif hasattr(node, "name"):
+            defined[node.name] = node
+    return defined
 
 
 def names_in(code):
@@ -1480,7 +1503,7 @@ def write_results(config, device, rows):
     lines = []
     for row in rows:
         counts = {s: {"right": int(right.sum()), "n": len(right)} for s, right in row.right.items()}
-        said = {"method": row.method, "seed": row.seed, "choice": row.choice, "ours": row.ours}
+        said = {"method": row.method, "seed": row.seed, "choice": row.choice}
         lines.append(json.dumps({**said, **row.numbers, "right": counts, "run": run}))
     path = Path(config.out) / "results.jsonl"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""

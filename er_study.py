@@ -17,26 +17,17 @@ converges: this script draws the line, then follows ER through fine-tuning.
     python er_study.py --quick           # the same in small, 2 minutes
     python er_study.py --testbed modern  # real models, from tables: ER on V2 +5.0 -> +0.4
 
-Differs: what the text known to us leaves open is ours, by these IDs:
-E1  accuracies of 0 or 1 leave the fit, and the print says how many; beta(0) = 0, beta(1) = 1.
-E2  the interval of ER redraws testbed models and test images; images are shared by all models.
-E3  an ER at an ID accuracy that the testbed does not span is marked: the line is extrapolated.
-E4  evaluated at step 0, at ten log-spaced steps of epoch 1, each epoch to 10, every 5, the last.
-E5  the largest ER of a run is also given without its selection bias: the checkpoint is chosen on
-    one half of the images, ID and OOD, and scored on the other, both ways. Comparisons are at equal
-    ID accuracy. Nothing else is ever chosen on OOD images.
-E6  the digits' recipe is this repository's (AdamW, cosine), not App. B.1's (SGD, momentum 0.9);
-    lab/er_settings.py has the paper's own settings.
+Where the text known to us leaves something open is marked at its line (grep Differs); what we do
+and why stands in docs/differences.md: E1 accuracies of 0 and 1, E2 intervals, E3 extrapolation, E4
+when a run is evaluated, E5 a largest ER free of selection, E6 the digits' recipe.
 """
 
 import copy
-import dataclasses
 import functools
 import itertools
-import math
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,18 +125,22 @@ def selection_half(n):
 class Line:
     """A baseline, and the M models that it is fitted to."""
 
-    id: str
-    ood: str
+    id: str  # set
+    ood: str  # shift
     slope: float
     intercept: float
     r2: float
     models: list
     acc_id: np.ndarray  # [M]
     acc_ood: np.ndarray
-    er: np.ndarray  # of these models themselves: the scale for that of others
-    low: float  # range of their ID accuracy
-    high: float
-    residual: float  # standard deviation of their ER
+
+    def __post_init__(self):
+        self.er = self.er_of(self.acc_id, self.acc_ood)  # the scale for that of others
+        self.residual = self.er.std(ddof=2)
+        self.low, self.high = self.acc_id.min(), self.acc_id.max()
+
+    def er_of(self, acc_id, acc_ood):
+        return effective_robustness(acc_id, acc_ood, self.slope, self.intercept)
 
     def extrapolates(self, acc_id):
         return not self.low <= acc_id <= self.high  # Differs (E3): ours
@@ -161,11 +156,8 @@ def baseline(testbed, ood):
     if not used.all():
         print(f"{ood}: {(~used).sum()} models with an accuracy of 0 or 1 are not in the fit (E1)")
     rows = rows[used]
-    models, acc_id, acc_ood = [testbed.models[i] for i in rows], acc_id[rows], acc_ood[rows]
-    er = effective_robustness(acc_id, acc_ood, slope, intercept)
-    low, high, residual = acc_id.min(), acc_id.max(), er.std(ddof=2)
-    of_models = models, acc_id, acc_ood, er, low, high, residual
-    return Line(at_home, ood, slope, intercept, r2, *of_models)
+    models = [testbed.models[i] for i in rows]
+    return Line(at_home, ood, slope, intercept, r2, models, acc_id[rows], acc_ood[rows])
 
 
 @dataclass
@@ -173,14 +165,12 @@ class Measurement:
     """What ER is measured with."""
 
     testbed: testbeds.Testbed
-    lines: dict  # shift -> Line
-    redraws: testbeds.Redraws | None  # for intervals; None: there are none
-    sets: dict  # name -> (images [N, 3, H, W], labels [N]) of the test set and the shifts
+    draws: int  # of models and images, for intervals; 0: there are none
+    sets: dict | None = None  # name -> (images [N, 3, H, W], labels [N]), to run a model on
 
-
-def new_measurement(config, testbed, sets=None):
-    lines = {ood: baseline(testbed, ood) for ood in testbed.id_of}
-    return Measurement(testbed, lines, testbeds.redraw(testbed, config.draws), sets)
+    def __post_init__(self):
+        self.lines = {ood: baseline(self.testbed, ood) for ood in self.testbed.id_of}
+        self.redraws = testbeds.redraw(self.testbed, self.draws) if self.draws else None
 
 
 def in_memory(data, clip):
@@ -192,84 +182,56 @@ def in_memory(data, clip):
     return sets
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What fine-tuning is followed: one run."""
-
-    run: str  # its name, whatever the seed
-    init: str  # one of KINDS
-    lr: float  # of logistic regression (lab/er_settings.py): lambda
-    seed: int
-    epochs: int
-
-
-def plan(config):
-    """[Setting] of --kinds and --seeds, the longest first: none runs alone at the end."""
+def recipes(config):
+    """{run: (what it starts from, learning rate, epochs)} of --kinds."""
     wanted = common.choose(config.kinds, KINDS, "--kinds")
     rates = {"zero-shot": common.numbers(config.lr, "--lr"), "new-head": [config.lr_new]}
     rates |= {"head-only": [config.lr_head], "random": [config.lr_random]}
-    epochs = dict.fromkeys(KINDS, config.epochs) | {"random": config.epochs_random}
-    settings = [
-        Setting(f"{kind}, lr {lr:g}", kind, lr, config.seed + i, epochs[kind])
-        for i in range(config.seeds)
-        for kind in dict.fromkeys(wanted)
-        for lr in rates[kind]
-    ]
-    return sorted(settings, key=lambda s: -s.epochs)
-
-
-def new_head(model, seed):
-    """A head of random directions, as long as the zero-shot head's rows (logits of one scale)."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(model.head.weight.shape, generator=generator)
-    length = model.head.weight.detach().cpu().norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        model.head.weight.copy_(F.normalize(rows, dim=1) * length)
-        model.head.bias.zero_()
-    return model
+    found = {}
+    for kind in sorted(wanted, key=lambda kind: kind != "random"):  # the longest first
+        epochs = config.epochs_random if kind == "random" else config.epochs
+        found |= {f"{kind}, lr {lr:g}": (kind, lr, epochs) for lr in rates[kind]}
+    return found
 
 
 def start_of(config, zero_shot, init):
-    """The Classifier from which a trajectory starts: zero-shot, or a twin of config.seed."""
-    if init == "random":
-        other = replace(config, weights="", pretrained="random")
-        common.set_seed(config.seed)
-        visual = common.load_clip(other).model.visual
-        model = common.Classifier(visual, zero_shot.head.weight.detach().cpu())
-        return new_head(model.to(zero_shot.head.weight.device), config.seed)
+    """The Classifier from which a run starts: one of KINDS, by config.seed."""
     model = copy.deepcopy(zero_shot)
-    return model if init == "zero-shot" else new_head(model, config.seed)
+    if init == "random":
+        common.set_seed(config.seed)
+        untrained = common.load_clip(replace(config, weights="", pretrained="random"))
+        model.visual = untrained.model.visual.to(model.head.weight.device)
+    if init != "zero-shot":  # rows of random directions, as long as the old: logits of one scale
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randn(model.head.weight.shape, generator=generator)
+        length = model.head.weight.detach().cpu().norm(dim=1, keepdim=True)
+        with torch.no_grad():
+            model.head.weight.copy_(F.normalize(rows, dim=1) * length)
+            model.head.bias.zero_()
+    return model
 
 
-def follow(config, data, clip, zero_shot, measurement, setting, loss=None):
-    """Fine-tune once, evaluated by the cadence.  -> [Point]
-
-    loss(model) -> loss_fn for common.fine_tune; the setting's name must say which.
-    """
-    config = replace(config, lr=setting.lr, epochs=setting.epochs, seed=setting.seed)
-    start, splits = start_of(config, zero_shot, setting.init), (data.test, *data.shifts)
+def follow(config, data, clip, zero_shot, measurement, run, init):
+    """Fine-tune once from `start_of` init, evaluated by the cadence.  -> [Point]"""
+    start, splits = start_of(config, zero_shot, init), (data.test, *data.shifts)
 
     def evaluations(todo, resume):
-        used, features = replace(config, resume=resume), None
+        used, sets = replace(config, resume=resume), measurement.sets
         model = copy.deepcopy(start)
-        args = used, setting.run, model, data.train, clip
-        if setting.init == "head-only":
-            features = {s.name: common.frozen_features(used, model, s, clip)[0] for s in splits}
+        args = used, run, model, data.train, clip
+        if init == "head-only":
+            sets = {s.name: common.frozen_features(used, model, s, clip) for s in splits}
             training = common.probe_training(*args)
-        elif loss:
-            training = common.image_training(*args, loss(model), key={"loss": setting.run})
         else:
             training = common.image_training(*args)
         for done in common.train_steps(used, training):
             if done in todo:
-                yield done, score(measurement, model, features)
+                yield done, score(model, sets)
 
-    recipe = [getattr(config, f) for f in ("batch", "weight_decay", "warmup", "clip", "precision")]
-    key = [start.state_dict(), clip.key, recipe]
-    key += [common.fingerprint(s) for s in (data.train, *splits)]
-    key.append(common.hash_of(loss and common.code_of(loss)))
-    steps = cadence(common.steps_of_epoch(len(data.train.labels), config.batch), setting.epochs)
-    return record(config, measurement, setting, key, steps, evaluations)
+    key = [start.state_dict(), common.training_key(config, clip, data.train)]
+    key += [common.fingerprint(s) for s in splits]
+    steps = cadence(common.steps_of_epoch(len(data.train.labels), config.batch), config.epochs)
+    return record(config, measurement, run, init, key, steps, evaluations)
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -297,81 +259,76 @@ class Point:
     nobody: float = 0.0  # right, of the images that no testbed model gets right; 0 where none is
     er_half: float = 0.0  # of selection_half of the images, ID and OOD (E5)
     er_rest: float = 0.0
-    ece_id: float | None = None  # where it was measured (lab/er_axes.py)
-    ece_ood: float | None = None
 
 
 @torch.inference_mode()
-def score(measurement, model, features=None):
-    """{set: right, bool [N]} of a Classifier; `features` {set: [N, D]} in place of the images."""
+def score(model, sets):
+    """{set: right, bool [N]} of a Classifier, of {set: (images [N, 3, H, W], labels [N])}, or with
+    raw features [N, D] in place of the images.
+    """
     device, right = model.head.weight.device, {}
     model.eval()
-    for name, (images, labels) in measurement.sets.items():
-        inputs = (features[name] if features else images).split(256)
-        parts = [x.to(device) for x in inputs]
-        logits = [model.classify(x) if features else model(x)[1] for x in parts]
+    for name, (inputs, labels) in sets.items():
+        parts = [x.to(device) for x in inputs.split(256)]
+        logits = [model.classify(x) if x.dim() == 2 else model(x)[1] for x in parts]
         right[name] = (torch.cat(logits).argmax(1).cpu() == labels).numpy()
     return right
 
 
-def measure(measurement, setting, step, right):
+def measure(config, measurement, run, init, step, right):
     """[Point] of one evaluation, of every shift and their mean, which has its own interval.
 
     right: {set: bool [N]}, all of the same weights.
     """
     redraws, bits = measurement.redraws, measurement.testbed.right
-    run = {name: getattr(setting, name) for name in ("run", "init", "lr", "seed")}
+    of_run = {"run": run, "init": init, "lr": config.lr, "seed": config.seed, "step": step}
     found, drawn, counts = [], [], []
     for ood, line in measurement.lines.items():
-        a, b, fit = right[line.id], right[ood], (line.slope, line.intercept)
+        a, b = right[line.id], right[ood]
+        half_a, half_b = selection_half(len(a)), selection_half(len(b))
         redrawn = (redraws.accuracy(s, right[s]) for s in (line.id, ood))
         drawn.append(effective_robustness(*redrawn, *redraws.lines[ood]))
         low, high = testbeds.interval(drawn[-1])
         k, n = share_right(b, nobody_right(bits[ood])) if bits else (0, 0)
         counts.append((k, n))
-        half_a, half_b = selection_half(len(a)), selection_half(len(b))
         point = Point(
-            **run, step=step, shift=ood, id=float(a.mean()), ood=float(b.mean()),
-            er=float(effective_robustness(a.mean(), b.mean(), *fit)), er_lo=low, er_hi=high,
-            er_half=float(effective_robustness(a[half_a].mean(), b[half_b].mean(), *fit)),
-            er_rest=float(effective_robustness(a[~half_a].mean(), b[~half_b].mean(), *fit)),
-            nobody=k / max(n, 1), extrapolated=int(line.extrapolates(a.mean())),
+            **of_run, shift=ood, id=a.mean(), ood=b.mean(), er=line.er_of(a.mean(), b.mean()),
+            er_lo=low, er_hi=high, extrapolated=int(line.extrapolates(a.mean())),
+            nobody=k / max(n, 1), er_half=line.er_of(a[half_a].mean(), b[half_b].mean()),
+            er_rest=line.er_of(a[~half_a].mean(), b[~half_b].mean()),
         )  # fmt: skip
         found.append(point)
     low, high = testbeds.interval(np.mean(drawn, 0))
     k, n = np.sum(counts, 0)
-    mean = {"shift": "mean", "er_lo": low, "er_hi": high, "nobody": float(k / max(n, 1))}
-    for name in ("ood", "er", "er_half", "er_rest"):
-        mean[name] = float(np.mean([getattr(p, name) for p in found]))
-    mean["extrapolated"] = max(p.extrapolated for p in found)
-    return [*found, replace(found[0], **mean)]
+    outside = max(p.extrapolated for p in found)
+    own = {"id": found[0].id, "nobody": k / max(n, 1), "extrapolated": outside}
+    return [*found, replace(average(found), shift="mean", er_lo=low, er_hi=high, **own)]
 
 
-def record(config, measurement, setting, key, steps, evaluations):
+def average(points):
+    """The first of the points, with the means of all for what was measured."""
+    measured = vars(points[0]).keys() - {"run", "shift", "init", "lr", "seed", "step"}
+    mean = {name: np.mean([getattr(p, name) for p in points]) for name in measured}
+    return replace(points[0], **mean)
+
+
+def record(config, measurement, run, init, key, steps, evaluations):
     """[Point] of a run at `steps`. They are kept in a CSV file, which is written anew with
     each: an interrupted run loses none, and what the file has is not evaluated again.
 
-    key: what shapes the run beside its setting. evaluations(todo, resume) yields (step, {set: bool
-    [N]}) for the steps in `todo`; resume: whether a training may go on from its checkpoint.
+    key: what shapes the run. evaluations(todo, resume) yields (step, {set: bool [N]}) for the steps
+    in `todo`; resume: whether a training may go on from its checkpoint.
     """
-    bed, columns = measurement.testbed, [f.name for f in dataclasses.fields(Point)]
-    key = [
-        key,
-        dataclasses.asdict(setting),
-        sorted(steps),
-        bed.models,
-        bed.k,
-        config.draws,
-        columns,
-    ]
-    name = common.slug(f"{setting.run}, seed {setting.seed}")
+    testbed, columns = measurement.testbed, [f.name for f in fields(Point)]
+    key = [key, run, init, config.lr, config.seed, sorted(steps)]
+    key += [testbed.models, testbed.k, measurement.draws, columns]
+    name = common.slug(f"{run}, seed {config.seed}")
     path = Path(config.out) / "trajectories" / f"{name}-{common.hash_of(key)}.csv"
-    saved = read(path) if config.resume and path.is_file() else []
-    found = common.broadcast(saved)
-    todo = set(steps) - {c.step for c in found}
+    found = common.broadcast(read(path) if config.resume and path.is_file() else [])
+    todo = set(steps) - {p.step for p in found}
     for resume in (config.resume, False):  # anew where the checkpoint is past lost evaluations
         for step, right in evaluations(todo, resume) if todo else ():
-            found += measure(measurement, setting, step, right)
+            found += measure(config, measurement, run, init, step, right)
             write(path, found)
             todo.remove(step)
     return found
@@ -389,48 +346,37 @@ def read(path):
     return testbeds.read_rows(path, Point)
 
 
-def curve(points, shift):
-    """{name of a Point's field: [S]} of one run on a shift, in the order of its steps."""
-    own = sorted((c for c in points if c.shift == shift), key=lambda c: c.step)
-    return {name: np.array([getattr(c, name) for c in own]) for name in vars(own[0])}
+def by_run(points, shift):
+    """{run: {seed: [Point]}} on a shift, by start, rate, seed and step."""
+    runs = {}
+    for p in sorted(points, key=lambda p: (KINDS.index(p.init), p.lr, p.seed, p.step)):
+        if p.shift == shift:
+            runs.setdefault(p.run, {}).setdefault(p.seed, []).append(p)
+    return runs
 
 
-def at_accuracy(c, accuracy):
-    """ER where a run's ID accuracy first passes `accuracy`, interpolated in logit(ID); or nan."""
-    before = np.maximum.accumulate([0, *c["id"]])[:-1]
-    high = (c["id"] > before) & (c["id"] < 1)  # its new highs
-    if not high.any():
-        return math.nan
-    x, er = logit(c["id"][high]), c["er"][high]
-    return float(np.interp(logit(accuracy), x, er, left=math.nan, right=math.nan))
-
-
-def summarise(points, shift):
-    """One run's ER in a few numbers: at the start; the largest, as is and free of selection (E5),
-    and where; the rise to it and the fall from it; at the last checkpoint; at fixed ID accuracies.
-    Shares.
+def summarise(points):
+    """The largest ER of a run on a shift, free of selection (E5); at which ID accuracy it is; the
+    rise to it and the fall from it. Shares.
     """
-    c = curve(points, shift)
     # Differs (E5): how the paper sums up a curve is not known to us
-    half, rest = c["er_half"], c["er_rest"]
-    picks = [(rest, half.argmax()), (half, rest.argmax())]  # scored on, chosen on the other
-    out = {"max": c["er"].max(), "last_id": c["id"][-1]}
-    out |= {"max_free": np.mean([er[i] for er, i in picks])}
-    out |= {"free_id": np.mean([c["id"][i] for _, i in picks])}
-    out |= {"rise": np.mean([er[i] - er[0] for er, i in picks])}
-    out |= {"fall": np.mean([er[i] - er[-1] for er, i in picks])}
-    for name, i in (("start", 0), ("last", -1)):
-        out |= {name: c["er"][i], f"{name}_lo": c["er_lo"][i], f"{name}_hi": c["er_hi"][i]}
-        out |= {f"{name}_outside": c["extrapolated"][i]}
-    return out | {"at 80": at_accuracy(c, 0.8), "at 90": at_accuracy(c, 0.9)}
+    by_half = max(points, key=lambda p: p.er_half)
+    by_rest = max(points, key=lambda p: p.er_rest)
+    largest = (by_half.er_rest + by_rest.er_half) / 2  # chosen on one half, scored on the other
+    first, last = ((p.er_half + p.er_rest) / 2 for p in (points[0], points[-1]))
+    where = (by_half.id + by_rest.id) / 2
+    return {"max": largest, "id": where, "rise": largest - first, "fall": largest - last}
 
 
-def by_run(points):
-    """{run: {seed: its points}}, by start, then rate, then seed."""
-    groups = {}
-    for c in sorted(points, key=lambda c: (KINDS.index(c.init), c.lr, c.seed)):
-        groups.setdefault(c.run, {}).setdefault(c.seed, []).append(c)
-    return groups
+def over_seeds(seeds):
+    """The first Point of a run, its last, and `summarise`, mean over {seed: [Point]}; rise and fall
+    are text, with their intervals.
+    """
+    first, last = (average([own[i] for own in seeds.values()]) for i in (0, -1))
+    found = [summarise(own) for own in seeds.values()]
+    top = {name: np.mean([x[name] for x in found]) for name in ("max", "id")}
+    top |= {name: over_runs([x[name] for x in found]) for name in ("rise", "fall")}
+    return first, last, top
 
 
 def best_line(lines):
@@ -454,82 +400,37 @@ def print_lines(measurement):
     print("\n" + common.table(header, rows, title))
 
 
-def with_interval(mean, low, high):
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def in_points(er, low, high):
+    """Shares as text in points."""
+    return f"{100 * er:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def over_runs(shares):
-    """'+3.1 [+2.0, +4.2]' in points, '+3.1' of one run, '-' if a run has none."""
-    mean, low, high = (100 * x for x in common.interval(shares))
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:+.1f}" if math.isnan(low) else with_interval(mean, low, high)
+    """Their mean in points, of several with its interval."""
+    mean, low, high = common.interval(shares)
+    return in_points(mean, low, high) if len(shares) > 1 else f"{100 * mean:+.1f}"
 
 
-def print_runs(groups, shift):
-    """Table of ER through fine-tuning, mean over seeds. Intervals at the start and at the end are
-    those of images and testbed, averaged over seeds; all others are over runs.
+def print_tables(measurement, points):
+    """The baselines; then ER through fine-tuning, mean over seeds, on the shift whose line explains
+    most and over all shifts. Intervals at the start and at the end are those of images and testbed,
+    averaged over seeds; all others are over runs.
     """
-    lines = []
-    for name, runs in groups.items():
-        s = [summarise(points, shift) for points in runs.values()]
-        mean = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
-        start = with_interval(mean["start"], mean["start_lo"], mean["start_hi"])
-        last = with_interval(mean["last"], mean["last_lo"], mean["last_hi"])
-        rise, fall, *at = (over_runs([x[k] for x in s]) for k in ("rise", "fall", "at 80", "at 90"))
-        star, end = (" *" * bool(mean[k]) for k in ("start_outside", "last_outside"))
-        cells = [start + star, f"{mean['max']:+.1f}", f"{mean['max_free']:+.1f}"]
-        cells += [f"{mean['free_id']:.1f}", rise + star, fall + end]
-        cells += [f"{mean['last_id']:.1f}", last + end, *at]
-        lines.append([name, *cells])
-    header = ["ER in points", "start [95 %]", "max", "unbiased", "at ID", "rise", "fall"]
-    header += ["last ID", "last ER [95 %]", "at ID 80", "at ID 90"]
-    every = "all shifts, those without a line too" if shift == "mean" else shift
-    title = f"effective robustness on {every}; -: that ID accuracy is not passed; *: extrapolated"
-    print("\n" + common.table(header, lines, title))
-
-
-STORIES = {  # how the name of a run begins: what it is
-    "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
-    "new-head": "A new head on the pre-trained encoder",
-    "random": "From scratch",
-}
-
-
-def summary(groups, lines, shift):
-    """Sentences on the tables, computed from them."""
-    weak = [f"{s} ({line.r2:.2f})" for s, line in lines.items() if line.r2 < 0.5]
-    first = f"{shift} has the line that explains most, with R2 {lines[shift].r2:.2f}."
-    if weak:
-        first += f" R2 is below 1/2, so that ER is hardly defined, on {', '.join(weak)}."
-    sentences = [first]
-    for start, text in STORIES.items():
-        for name in groups:
-            if name.startswith(start):
-                said = describe_runs(groups[name].values(), shift)
-                sentences.append(f"{text} ({name}): {said}")
-    say(sentences)
-
-
-def say(sentences):
-    print()
-    for number, text in enumerate(sentences, 1):
-        print(textwrap.fill(f"{number}. {text}", 100, subsequent_indent="   "))
-
-
-def describe_runs(runs, shift):
-    """Is there a bump, how high, where, and is ER gone at the end?"""
-    s = [summarise(points, shift) for points in runs]
-    m = {k: 100 * np.mean([x[k] for x in s]) for k in s[0]}
-    gone = "includes" if m["last_lo"] <= 0 <= m["last_hi"] else "excludes"
-    rise, fall = (over_runs([x[k] for x in s]) for k in ("rise", "fall"))
-    many = f"; intervals of rise and fall over {len(s)} runs" if len(s) > 1 else ""
-    return (
-        f"ER on {shift} is {m['start']:+.1f} points at the start, at most {m['max_free']:+.1f}"
-        f" (rise {rise}, free of selection, at ID {m['free_id']:.0f} %), then lower by {fall}:"
-        f" at the end {with_interval(m['last'], m['last_lo'], m['last_hi'])} (models and"
-        f" images), which {gone} 0{many}."
-    )
+    print_lines(measurement)
+    header = ["ER in points", "start [95 %]", "unbiased", "at ID", "rise", "fall"]
+    header += ["last ID", "last ER [95 %]"]
+    for shift in (best_line(measurement.lines), "mean"):
+        rows = []
+        for run, seeds in by_run(points, shift).items():
+            first, last, top = over_seeds(seeds)
+            star, end = (" *" * bool(p.extrapolated) for p in (first, last))
+            cells = [in_points(first.er, first.er_lo, first.er_hi) + star]
+            cells += [f"{100 * top['max']:+.1f}", f"{100 * top['id']:.1f}"]
+            cells += [top["rise"] + star, top["fall"] + end, f"{100 * last.id:.1f}"]
+            rows.append([run, *cells, in_points(last.er, last.er_lo, last.er_hi) + end])
+        every = "all shifts, those without a line too" if shift == "mean" else shift
+        title = f"effective robustness on {every}; *: extrapolated"
+        print("\n" + common.table(header, rows, title))
 
 
 TICKS = (1, 2, 5, 10, 20, 30, 50, 60, 70, 80, 85, 90, 95, 98, 99)
@@ -537,11 +438,11 @@ TICKS = (1, 2, 5, 10, 20, 30, 50, 60, 70, 80, 85, 90, 95, 98, 99)
 
 def logit_axis(axis, which, low, high, label):
     """The x or the y axis shows accuracies on a logit scale, with ticks at round percentages."""
-    ticks = [t / 100 for t in TICKS if low <= t / 100 <= high]
-    axis.set(**{f"{which}scale": "logit", f"{which}lim": (low, high), f"{which}label": label})
+    axis.set(**{f"{which}scale": "logit", f"{which}label": label})
     own = axis.xaxis if which == "x" else axis.yaxis
-    own.set_ticks(ticks, labels=[f"{100 * t:.0f}" for t in ticks])
+    own.set_ticks([t / 100 for t in TICKS], labels=TICKS)
     own.set_ticks([], minor=True)
+    axis.set(**{f"{which}lim": (low, high)})
 
 
 def id_axis(axis, line, low=0.08, high=0.985):
@@ -558,8 +459,7 @@ def line_panel(axis, line):
     logit_axis(axis, "x", low, high, "ID accuracy, %")
     logit_axis(axis, "y", low, high, "OOD accuracy, %")
     axis.plot([low, high], [low, high], "--", color="0.7", lw=0.8)
-    label = f"testbed, {len(line.models)} models"
-    axis.plot(line.acc_id, line.acc_ood, "o", ms=3, color="0.6", label=label)
+    axis.plot(line.acc_id, line.acc_ood, "o", ms=3, color="0.6")
     for ends, style in (((low, high), ":"), ((line.low, line.high), "-")):
         axis.plot(ends, beta(ends, line.slope, line.intercept), style, color="0.4", lw=1.1)
     fit = f"slope {line.slope:.2f}, intercept {line.intercept:.2f}, R² {line.r2:.3f}"
@@ -568,69 +468,96 @@ def line_panel(axis, line):
     return [(line.ood, model, "", *row) for model, *row in zip(*columns, strict=True)]
 
 
-def styled(groups, shift):
-    """Yields (run, its curve, how it is drawn): a colour and one label for all seeds."""
-    for i, (name, runs) in enumerate(groups.items()):
-        for j, points in enumerate(runs.values()):
-            look = {"color": f"C{i}", "marker": "o", "lw": 0.9, "ms": 2.5}
-            yield name, curve(points, shift), look | {"label": None if j else name}
+def draw_runs(axis, runs, x, y, scale=1, **look):
+    """Curves of y over x: a colour for each run, one label for all its seeds."""
+    look = {"marker": "o", "lw": 0.9, "ms": 2.5} | look
+    for i, (run, seeds) in enumerate(runs.items()):
+        for j, own in enumerate(seeds.values()):
+            columns = [getattr(p, x) for p in own], [scale * getattr(p, y) for p in own]
+            axis.plot(*columns, color=f"C{i}", label=None if j else run, **look)
 
 
-def er_panel(axis, lines, groups, shift):
+def er_panel(axis, line, runs):
     """ER against ID accuracy, a colour per run; dark: of the testbed's own models.  -> rows"""
-    line, curves = lines.get(shift, lines[best_line(lines)]), list(styled(groups, shift))
-    least = min(c["id"].min() for _, c, _ in curves)
-    id_axis(axis, line, max(0.08, 0.95 * least))
-    if shift in lines:
+    points = [p for seeds in runs.values() for own in seeds.values() for p in own]
+    id_axis(axis, line, max(0.08, 0.95 * min(p.id for p in points)))
+    shift = points[0].shift
+    if shift == line.ood:
         axis.axhspan(100 * line.er.min(), 100 * line.er.max(), color="0.88", lw=0)
     axis.axhline(0, color="0.4", lw=0.8)
-    numbers = []
-    for name, c, look in curves:
-        axis.plot(c["id"], 100 * c["er"], **look)
-        columns = [c[k] for k in ("step", "id", "ood", "er", "er_lo", "er_hi")]
-        numbers += [(shift, name, *row) for row in zip(*columns, strict=True)]
+    draw_runs(axis, runs, "id", "er", 100)
     axis.set(ylabel="ER, points")
-    axis.set_title(f"ER on {shift if shift in lines else 'all shifts'}", fontsize=8)
-    return numbers
+    axis.set_title(f"ER on {'all shifts' if shift == 'mean' else shift}", fontsize=8)
+    return [(shift, p.run, p.step, p.id, p.ood, p.er, p.er_lo, p.er_hi) for p in points]
 
 
-def figure(config, lines, groups, shift):
+def figure(config, lines, points):
     """Accuracies on logit axes; ER against ID accuracy, and against steps; what the runs get of the
     images that no testbed model gets right.
     """
-    header, line = ["shift", "series", "step", "id", "ood", "er", "lo", "hi"], lines[shift]
+    shift = best_line(lines)
+    line, runs = lines[shift], by_run(points, shift)
+    header = ["shift", "series", "step", "id", "ood", "er", "lo", "hi"]
     path = f"{config.out}/figures/er_study"
     with common.figure(path, header, columns=2, rows=2) as (axes, numbers):
         (line_axis, er_axis), (step_axis, nobody_axis) = axes
         numbers += line_panel(line_axis, line)
-        numbers += er_panel(er_axis, lines, groups, shift)
-        for _, c, look in styled(groups, shift):
-            line_axis.plot(c["id"], c["ood"], **look)
-            step_axis.plot(c["step"], 100 * c["er"], **look)
-        for _, c, look in styled(groups, "mean"):
-            nobody_axis.plot(c["id"], 100 * c["nobody"], **look)
+        draw_runs(line_axis, runs, "id", "ood")
+        numbers += er_panel(er_axis, line, runs)
+        draw_runs(step_axis, runs, "step", "er", 100)
         step_axis.set(xscale="symlog", xlim=(0, None), xlabel="step", ylabel="ER, points")
         step_axis.set_title(f"ER on {shift} by step", fontsize=8)
         step_axis.legend(fontsize=6)
         id_axis(nobody_axis, line)
+        draw_runs(nobody_axis, by_run(points, "mean"), "id", "nobody", 100)
         nobody_axis.set(ylabel="right, %")
         title = "of the images that no testbed model gets right, all shifts"
         nobody_axis.set_title(title, fontsize=8)
 
 
-def report(config, measurement, points):
-    """Tables, figure and sentences, from the testbed and trajectories alone."""
-    groups, lines = by_run(points), measurement.lines
+STORIES = {  # how the name of a run begins: what it is
+    "zero-shot, lr 0.0002": "Fine-tuned from the zero-shot model",
+    "new-head": "A new head on the pre-trained encoder",
+    "random": "From scratch",
+}
+
+
+def summary(lines, points):
+    """Sentences on the tables, computed from them."""
     shift = best_line(lines)
-    print_lines(measurement)
-    for s in (shift, "mean"):
-        print_runs(groups, s)
-    figure(config, lines, groups, shift)
-    summary(groups, lines, shift)
-    return groups
+    weak = [f"{s} ({line.r2:.2f})" for s, line in lines.items() if line.r2 < 0.5]
+    first = f"{shift} has the line that explains most, with R2 {lines[shift].r2:.2f}."
+    if weak:
+        first += f" R2 is below 1/2, so that ER is hardly defined, on {', '.join(weak)}."
+    sentences = [first]
+    for run, seeds in by_run(points, shift).items():
+        for start, text in STORIES.items():
+            if run.startswith(start):
+                sentences.append(f"{text} ({run}): {describe(seeds, shift)}")
+    say(sentences)
 
 
-# Published models, from the counts in data/testbeds; lab/er_modern.py says more of them.
+def describe(seeds, shift):
+    """Is there a bump, how high, where, and is ER gone at the end?"""
+    first, last, top = over_seeds(seeds)
+    gone = "includes" if last.er_lo <= 0 <= last.er_hi else "excludes"
+    many = f"; intervals of rise and fall over {len(seeds)} runs" if len(seeds) > 1 else ""
+    return (
+        f"ER on {shift} is {100 * first.er:+.1f} points at the start, at most"
+        f" {100 * top['max']:+.1f} (rise {top['rise']}, free of selection, at ID"
+        f" {100 * top['id']:.0f} %), then lower by {top['fall']}: at the end"
+        f" {in_points(last.er, last.er_lo, last.er_hi)} (models and images), which {gone} 0{many}."
+    )
+
+
+def say(sentences):
+    print()
+    for number, text in enumerate(sentences, 1):
+        print(textwrap.fill(f"{number}. {text}", 100, subsequent_indent="   "))
+
+
+# --- published models -----------------------------------------------------------------------------
+# From the counts in data/testbeds alone; lab/er_modern.py says more of them.
 
 
 def studied_points(measurement):
@@ -643,10 +570,11 @@ def studied_points(measurement):
         k, n = [testbed.k[s][i] for s in sets], [testbed.n[s] for s in sets]
         if not np.isnan(k).any():
             acc = k[0] / n[0], k[1] / n[1]
-            er = effective_robustness(*acc, line.slope, line.intercept)
             drawn = [redraws.accuracy(s, k=a, n=b) for s, a, b in zip(sets, k, n, strict=True)]
             ends = testbeds.interval(effective_robustness(*drawn, *redraws.lines[ood]))
-            points[model, ood] = Point(model, ood, *acc, er, *ends, line.extrapolates(acc[0]))
+            points[model, ood] = Point(
+                model, ood, *acc, line.er_of(*acc), *ends, line.extrapolates(acc[0])
+            )
     return points
 
 
@@ -658,8 +586,8 @@ def print_pairs(pairs, points):
         cells = [pair["pair"] + " *" * bool(pair["by way of"])]
         cells += [" -> ".join(f"{100 * of_end[0].id:.1f}" for of_end in ends)]
         for a, b in zip(*ends, strict=True):
-            after = with_interval(*(100 * x for x in (b.er, b.er_lo, b.er_hi)))
-            cells.append(f"{100 * a.er:+.1f} -> {after}" + " e" * b.extrapolated)
+            after = in_points(b.er, b.er_lo, b.er_hi) + " e" * b.extrapolated
+            cells.append(f"{100 * a.er:+.1f} -> {after}")
         rows.append(cells)
     title = (
         "ER in points, zero-shot -> fine-tuned on ImageNet [95 %]; e: extrapolated (E3);"
@@ -692,7 +620,7 @@ def modern(config):
     """
     pairs, bed = testbeds.read_table(testbeds.FOLDER / "modern_pairs.csv"), testbeds.read("modern")
     bed = replace(bed, id_of=dict.fromkeys(bed.id_of, testbeds.HOME))
-    measurement = new_measurement(config, bed)
+    measurement = Measurement(bed, config.draws)
     points = studied_points(measurement)
     print_lines(measurement)
     print_pairs(pairs, points)
@@ -703,8 +631,9 @@ def modern(config):
 # --- main -----------------------------------------------------------------------------------------
 
 
-def prepare(argv=None):
-    """Command line -> config, data, CLIP, zero-shot Classifier, Measurement."""
+@functools.cache  # once in every process of common.in_processes
+def prepare(argv):
+    """Command line, a tuple -> config, data, CLIP, zero-shot Classifier, Measurement."""
     config, data = common.setup(Config, argv, __doc__, {})
     if config.quick:
         for name, value in {"lr": "2e-4", "epochs": 2, "epochs_random": 1}.items():
@@ -714,21 +643,22 @@ def prepare(argv=None):
     clip, zero_shot = common.zero_shot(config, data)
     bits = "digits-quick.npz" if config.quick else "digits.npz"  # 24 or 40 models
     testbed = testbeds.read(common.EMBEDDED / "testbeds" / bits)
-    measurement = new_measurement(config, testbed, in_memory(data, clip))
+    measurement = Measurement(testbed, config.draws, in_memory(data, clip))
     path, counts = Path(config.out) / "trajectories/testbed.csv", replace(testbed, right={})
     common.write_file(path, functools.partial(testbeds.write, counts))
     return config, data, clip, zero_shot, measurement
 
 
-prepared = functools.cache(prepare)  # of one process
-
-
-def work(argv, setting):
-    """One trajectory, perhaps in a process of its own."""
-    return follow(*prepared(argv), setting)
+def one_run(argv, run):
+    """[Point] of a run and a seed, perhaps in a process of its own."""
+    (name, seed), (config, *world) = run, prepare(argv)
+    init, lr, epochs = recipes(config)[name]
+    config = replace(config, lr=lr, epochs=epochs, seed=seed)
+    return follow(config, *world, name, init)
 
 
 def main(argv=None):
+    argv = tuple(sys.argv[1:] if argv is None else argv)
     config = common.parse(Config, argv, __doc__)
     if config.testbed == "modern":
         return modern(config)
@@ -740,12 +670,17 @@ def main(argv=None):
             f"--data {config.data}: a study needs a testbed on the same data, which is here for the"
             " digits; for CIFAR-10 and ImageNet trees see lab/er_settings.py"
         )
-    plan(config)  # refuses what it does not know, before any work
-    words = tuple(sys.argv[1:] if argv is None else argv)
-    prepared.cache_clear()
-    config, *_, measurement = prepared(words)
-    runs = common.in_processes(work, words, plan(config), config.jobs, config.device)
-    return report(config, measurement, [c for of_run in runs for c in of_run])
+    recipes(config)  # refuses what it does not know, before any work
+    prepare.cache_clear()  # the data may be others by now
+    config, *_, measurement = prepare(argv)
+    seeds = range(config.seed, config.seed + config.seeds)
+    runs = [(name, seed) for seed in seeds for name in recipes(config)]
+    found = common.in_processes(one_run, argv, runs, config.jobs, config.device)
+    points = [p for of_run in found for p in of_run]
+    print_tables(measurement, points)
+    figure(config, measurement.lines, points)
+    summary(measurement.lines, points)
+    return points
 
 
 if __name__ == "__main__":

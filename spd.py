@@ -26,10 +26,10 @@ nothing but torch: copy the file into another project and import AdamSPD there. 
 with it, large models use the compiled kernel, which gives the same weights up to rounding.
 
 Where the paper, the authors' code and this script part is marked at its line (grep Differs); the
-reasons stand in docs/differences.md: S1 the strength is spd_lambda, and weight_decay is AdamW's, S2
-anchors belong to parameters, new layers' too, S3 Eq. 9 without a difference of norms, S4 the
-condition of each step alone or, condition="paper", the sum of Alg. 2, S5 drop-path, S6 DomainNet
-without infograph, S7 ImageNet's recipe, S8 ImageNet-A and -R among their own classes.
+reasons stand in docs/differences.md: S1 the strength is spd_lambda, S2 anchors belong to
+parameters, new layers' too, S3 Eq. 9 without a difference of norms, S4 the condition of each step
+alone or, condition="paper", the sum of Alg. 2, S5 drop-path, S6 DomainNet without infograph, S7
+ImageNet's recipe, S8 ImageNet-A and -R among their own classes.
 """
 
 import copy
@@ -71,9 +71,9 @@ def project(after, anchor, c, r, spd_lambda):
 
 
 def squared_deviations(before, after, anchor):
-    """S2 = gamma_{t-1}^2 and S3 = gamma_t^2 - gamma_{t-1}^2, gamma = ||theta - theta_0||, fp64.
+    """s2 = gamma_{t-1}^2 and s3 = gamma_t^2 - gamma_{t-1}^2, gamma = ||theta - theta_0||, fp64.
 
-    With D = theta_{t-1} - theta_0 and u = theta~_t - theta_{t-1}, S3 = sum u (2 D + u). Differs
+    With D = theta_{t-1} - theta_0 and u = theta~_t - theta_{t-1}, s3 = sum u (2 D + u). Differs
     (S3): the difference of the norms themselves would lose all digits of a small r_t in fp32.
     """
     distance, update = before.double() - anchor.double(), after.double() - before.double()
@@ -82,7 +82,7 @@ def squared_deviations(before, after, anchor):
 
 
 def deviation_ratio(s2, s3):
-    """Eq. (9): r_t = max(0, gamma_t - gamma_{t-1}) / gamma_t, of S2 and S3.  2 x [...] -> [...]"""
+    """Eq. (9): r_t = max(0, gamma_t - gamma_{t-1}) / gamma_t, of s2 and s3.  2 x [...] -> [...]"""
     previous, current = s2.sqrt(), (s2 + s3).sqrt()
     return torch.where(s3 > 0, s3 / (current * (current + previous)), 0.0)
 
@@ -101,8 +101,8 @@ def spd_step(params, anchors, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps
     """Alg. 2: one step of Adam with SPD on lists of T tensors, in place. An anchor of None is 0.
 
     step is 1 at the first. conditions: [T] fp64, the c_{t-1} of Alg. 2, which become c_t; with None
-    c_t is that of this step alone. Differs (S4). sums: [T, 3] fp64, receives S1 = g . D = -c_t of
-    the step alone, and S2 and S3. csrc's kernel has this name and this signature.
+    c_t is that of this step alone. Differs (S4). sums: [T, 3] fp64, receives s1 = g . D = -c_t of
+    the step alone, and s2 and s3. csrc's kernel has this name and this signature.
     """
     lists = zip(params, anchors, grads, exp_avgs, exp_avg_sqs, strict=True)
     for i, (before, anchor, grad, exp_avg, exp_avg_sq) in enumerate(lists):
@@ -171,9 +171,10 @@ class AdamSPD(torch.optim.Optimizer):
     anchor       theta_0. "pretrained": the weights at the moment when the group is added, of a
                  frozen layer those before its first step; the state keeps them (4 bytes a parameter
                  in fp32). "zero": the origin, for PEFT. "none": plain Adam.
-                 Differs (S2): each parameter has its own, new layers too, and any groups will do.
+                 Differs (S2): the anchors are kept by parameter, so that any groups will do.
     condition    "code": of each step alone, as the authors' code; "paper": accumulated (S4).
-    weight_decay AdamW's, towards 0, taken off before the step. 0 is SPD as published.
+    weight_decay AdamW's, towards 0, taken off last, since c_t is of the weights where the gradient
+                 was taken. 0 is SPD as published.
     master       fp16 and bf16 weights have a copy in fp32, and the steps change that one: otherwise
                  they lose every change that is smaller than their grid. The copy is the truth then.
     fused        the compiled kernel. None: where csrc/ is there and a group's contiguous tensors,
@@ -219,6 +220,8 @@ class AdamSPD(torch.optim.Optimizer):
             alike = {}  # parameters that one call can take
             for param in group["params"]:
                 if param.grad is not None and param.numel():
+                    if param.grad.is_sparse:
+                        raise ValueError("AdamSPD: sparse gradients are not supported")
                     state = self._ready(param, group)
                     key = param.device, param.dtype, param.is_contiguous(), state["step"]
                     alike.setdefault(key, []).append(param)
@@ -247,17 +250,17 @@ class AdamSPD(torch.optim.Optimizer):
     def _step(self, params, group):
         """One step of parameters that are alike in device, type, layout and step count."""
         states = [self.state[p] for p in params]
-        anchors, step = [s.get("anchor") for s in states], states[0]["step"] + 1
+        anchored, step = group["anchor"] == "pretrained", states[0]["step"] + 1
+        anchors = [s["anchor"] if anchored else None for s in states]
         weights = [s.get("master", p) for s, p in zip(states, params, strict=True)]
         grads = [p.grad.to(w.dtype) for p, w in zip(params, weights, strict=True)]
-        if step == 1 and group["anchor"] == "pretrained":  # this waits for the device
+        if step == 1 and anchored:  # this waits for the device
             if any(whole((w != a).sum()) for w, a in zip(weights, anchors, strict=True)):
                 problem = "the weights are no longer those it was made of, which are the anchors"
                 cure = "load weights first, unless the run is to start away from its anchors"
                 warnings.warn(f"AdamSPD: {problem}; {cure}", stacklevel=5)
-        if group["weight_decay"]:
-            for weight in weights:
-                weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
+        decay = float(group["lr"]) * group["weight_decay"]
+        decays = [decay * w for w in weights] if decay else []
         if group["anchor"] == "none":
             group = group | {"spd_lambda": 0.0}
         history = [s["history"] for s in states]
@@ -266,9 +269,11 @@ class AdamSPD(torch.optim.Optimizer):
         sums = torch.zeros(len(params), 3, dtype=torch.float64, device=weights[0].device)
         moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         self.update((weights, anchors, grads, *moments), step, group, conditions, sums)
+        for weight, part in zip(weights, decays, strict=False):
+            weight.sub_(part)
         c = -sums[:, 0] if conditions is None else conditions
         r = deviation_ratio(sums[:, 1], sums[:, 2])
-        fired = (c < 0) & (r > 0)
+        fired = (c < 0) & (group["spd_lambda"] * r > 0)
         now = torch.stack([c, count + fired, ratios + torch.where(fired, r, 0.0)], 1)
         torch._foreach_copy_(history, list(now.unbind()))
         for state, param in zip(states, params, strict=True):
@@ -283,8 +288,8 @@ class AdamSPD(torch.optim.Optimizer):
 
     def report(self):
         """What the strength did until now, over all tensors with an anchor and all their steps:
-        {"fired": share that was projected (c_t < 0 < r_t), "mean_r": mean r_t of those, "decay":
-        mean of lambda r_t over all, with the lambda of now}. fired 0: it was Adam.
+        {"fired": share that was projected (c_t < 0 < lambda r_t), "mean_r": mean r_t of those,
+        "decay": mean of lambda r_t over all, with the lambda of now}. fired 0: it was Adam.
 
         Counting costs a step no wait for the device; this call waits.
         """
@@ -299,7 +304,7 @@ class AdamSPD(torch.optim.Optimizer):
         return {"fired": fired / steps, "mean_r": ratios / max(fired, 1), "decay": decay / steps}
 
     def load_state_dict(self, state_dict):
-        """torch's. The anchors are the file's: a resumed run is never anchored anew."""
+        """torch's. Anchors and options are the file's: a resumed run is never anchored anew."""
         if not all("anchor" in group for group in state_dict["param_groups"]):
             raise ValueError("AdamSPD: this is another optimiser's state, which has no anchors")
         super().load_state_dict(state_dict)
@@ -322,7 +327,9 @@ def check_options(optimiser, group):
     """Raises ValueError for options of a group that cannot be meant, and warns of unlikely ones."""
     options = {**optimiser.defaults, **group}
     for name in set(group) - set(optimiser.defaults):  # timm and others add their own
-        if "lambda" in name or difflib.get_close_matches(name, optimiser.defaults, cutoff=0.85):
+        near = difflib.get_close_matches(name, optimiser.defaults, cutoff=0.85)
+        foreign = name in ("pre", "amsgrad", "maximize") and group[name]  # of other optimisers
+        if "lambda" in name or near or foreign:
             known = ", ".join(optimiser.defaults)
             raise ValueError(f"AdamSPD: there is no option {name!r}; the options are {known}")
     choices = {"anchor": ("pretrained", "zero", "none"), "condition": ("code", "paper")}
@@ -336,9 +343,12 @@ def check_options(optimiser, group):
     if not all(0 <= beta < 1 for beta in options["betas"]):
         raise ValueError(f"AdamSPD: betas must be 0 or more and below 1, got {options['betas']}")
     strength, decay = options["spd_lambda"], options["weight_decay"]
-    if (type(optimiser) is AdamSPD and 0 < strength <= 0.1) or decay >= 0.5:  # Differs (S1)
-        ours = f"SPD's strength is spd_lambda, here {strength}: try 1; 0.1 does next to nothing"
-        warnings.warn(f"AdamSPD: {ours}; weight_decay, here {decay}, pulls to 0", stacklevel=5)
+    if type(optimiser) is AdamSPD and 0 < strength <= 0.1:  # Differs (S1)
+        cure = "it is no weight decay; try 1, since 0.1 does next to nothing"
+        warnings.warn(f"AdamSPD: SPD's strength, spd_lambda, is {strength}; {cure}", stacklevel=5)
+    if decay >= 0.5:
+        cure = "it pulls to 0, not to the anchor; SPD's strength is spd_lambda"
+        warnings.warn(f"AdamSPD: weight_decay is {decay}; {cure}", stacklevel=5)
 
 
 def fastest(tensors, group):
@@ -353,7 +363,8 @@ def fastest(tensors, group):
         if kernels and device in kernels.devices:
             return kernels.spd_step
     if fused:
-        raise ValueError("AdamSPD: fused=True needs csrc/, a compiler and contiguous fp32 weights")
+        needs = "csrc/, a compiler, contiguous fp32 weights, and foreach not set"
+        raise ValueError(f"AdamSPD: fused=True needs {needs}")
     if foreach or (foreach is None and device == "cuda"):
         if plain and dtype in (torch.float32, torch.float64):
             return spd_step_foreach
@@ -384,7 +395,7 @@ def param_groups(model, special=None):
             groups[prefix]["params"].append(param)
     if unused := set(special) - set(groups):
         first = next(iter(dict(model.named_parameters())))
-        problem = f"no trainable parameter begins with {sorted(unused)[0]!r}"
+        problem = f"no trainable parameter is left that begins with {sorted(unused)[0]!r}"
         raise ValueError(f"param_groups: {problem}; the names are as {first!r}")
     return list(groups.values())
 
@@ -393,10 +404,11 @@ def param_groups(model, special=None):
 # Here AdamSPD ends, and the experiment begins.
 # ==================================================================================================
 
-if (HERE / "vrf.py").is_file():
+if (HERE / "er_study.py").is_file():
     import common
 else:  # a copy in another project, whose common.py is none of ours: only AdamSPD is of use there
     common = SimpleNamespace(Run=object, arg=lambda default, *_, **__: default)
+    common.run = lambda main: sys.exit("a copy of spd.py has AdamSPD alone; import it from here")
 
 # --- L2-SP, to compare with -----------------------------------------------------------------------
 
@@ -415,6 +427,7 @@ class AdamL2SP(AdamSPD):
         lr, adam_options = float(group["lr"]), (group["betas"], group["eps"])
         for before, anchor, *rest in zip(*tensors, strict=True):
             after = adam(before, *rest, step, lr, *adam_options)
+            anchor = torch.zeros_like(before) if anchor is None else anchor
             before.copy_(pull(after, anchor, lr * group["spd_lambda"]))
 
     def report(self):
@@ -589,13 +602,11 @@ def evaluate(config, data, clip, start, model, name, **numbers):
 
     Differs (S8): ImageNet-A and -R are classified among their own 200 classes, as everywhere here.
     """
-    right = {}
-    for split in (data.test, *data.shifts):
-        right[split.name] = common.predict(config, {"": model}, split, clip)[""].right
+    right = common.right_images(config, model, data, clip)
     pairs = zip(model.parameters(), start.parameters(), strict=True)
     squares = [(p - q.to(p.device)).double().square().sum().item() for p, q in pairs]
     numbers["deviation"] = math.sqrt(sum(squares))
-    return common.Row(name, config.seed, right, ours=True, numbers=numbers)
+    return common.Row(name, config.seed, right, numbers=numbers)
 
 
 def by_val(rows):
@@ -628,7 +639,7 @@ def print_tables(config, rows):
         line.append(" ".join(dict.fromkeys(f"{r.choice:g}" for r in own if r.choice)))
         lines.append([method, *line])
     runs = f"mean of {config.seeds} run{'s' * (config.seeds > 1)}"
-    title = f"accuracy in %, {runs}; deviation ||theta_T - theta_0||; strength by ID val"
+    title = f"accuracy in % (test: ID), {runs}; deviation ||theta_T - theta_0||; strength by ID val"
     header = ["method", *rows[0].right, "avg shift", "deviation", "fired", "mean r", "decay"]
     print("\n" + common.table([*header, "chosen"], lines, title))
 

@@ -12,7 +12,7 @@ is trained for it.
               Eq. 1   output-space ensemble     ose
               Eq. 2   weight-space ensemble     wse
     Sec. 3.2  Eq. 3   zero-shot-failure set     failures
-              Eq. 4   k-th neighbour distance   knn_kth_distance   (k: neighbours)
+              Eq. 4   k-th neighbour distance   knn_kth_distance   (k: neighbour_count)
               Eq. 5   sample-wise ensemble      vrf
               Eq. 6   weight of FT              weight
               Alg. 1  from V to the answers     algorithm_1
@@ -51,7 +51,7 @@ PRESETS = {"digits": {"epochs": 8, "batch": 64, "lr": 2e-4, "lr_lpft": 1e-4, "wa
 
 
 # Sec. 5.1 has the defaults of common.Run: ViT-B-16 (and ViT-B-32), 10 epochs, batch 512, weight
-# decay 0.1, 500 steps of warm-up, gradients of norm 1 at most (`config.clip`; a `clip` is a CLIP).
+# decay 0.1, 500 steps of warm-up, gradients clipped to norm 1.
 # For E2E-FT of ViT-B/16 the paper takes wise-ft's checkpoint: --finetuned checkpoint_10.pt.
 # Differs (A15): on ViT-B/16 the paper trains LP-FT in batches of 384 (App. C.1).
 @dataclass
@@ -97,7 +97,7 @@ def failures(features, predicted_zs, predicted_ft, labels):
     return F.normalize(features[failed], dim=1)
 
 
-def neighbours(n_failures, n_train, rule="paper", p=0.001):
+def neighbour_count(n_failures, n_train, rule="paper", p=0.001):
     """k of Eq. (4). paper: floor(p |V|); code: round(1000 |V| / |D|); from 1 to |V| (A5)
 
     n_failures is |V|, and n_train is |D|, the number of training samples. With p = .001 any |V|
@@ -122,7 +122,7 @@ def knn_kth_distance(queries, reference, k):
     """
     if len(reference) == 0:
         return queries.new_full((len(queries),), math.inf)
-    norms, d = reference.square().sum(1), [queries.new_empty(0)]
+    norms, d = reference.square().sum(1), []
     if not (norms.isfinite().all() and queries.square().sum(1).isfinite().all()):
         raise common.InputError("distance: features hold inf or nan")  # nan would sort as farthest
     for v in queries.split(max(1, 2**26 // len(reference))):
@@ -197,8 +197,8 @@ def train_models(config, data, clip, zero_shot, seed):
     """{name: Classifier} of ZS and --methods; of ZS and "Fine-tuned" with --finetuned."""
     models = {"ZS": zero_shot}
     if config.finetuned:
-        given = config.finetuned, config.trust_checkpoint
-        models["Fine-tuned"] = common.load_finetuned(*given, data, clip, zero_shot)
+        path, trust = config.finetuned, config.trust_checkpoint
+        models["Fine-tuned"] = common.load_finetuned(path, trust, data, clip, zero_shot)
         return models
     wanted = common.choose(config.methods, FINE_TUNINGS, "--methods")
     for name, start, train, lr in (
@@ -223,7 +223,7 @@ def failure_sets(config, data, clip, models):
 
     def compute():  # batch by batch: all logits would be 5 GB a model for ImageNet
         parts = {name: [] for name in tuned}
-        for _, labels, out in common.forward(config, used, data.train, clip):
+        for labels, out in common.forward(config, used, data.train, clip):
             predicted_zs = out["ZS"][1].argmax(1)
             for name in tuned:
                 features, logits = out[name]
@@ -231,7 +231,7 @@ def failure_sets(config, data, clip, models):
         return {name: torch.cat(part) for name, part in parts.items()}
 
     key = [{name: model.state_dict() for name, model in used.items()}, clip.key, config.precision]
-    key += [common.fingerprint(data.train), config.skip_bad_images]
+    key.append(common.fingerprint(data.train))
     return common.cached(config, "failures", key, compute) if tuned else {}
 
 
@@ -306,10 +306,8 @@ def wse_row(config, data, clip, models, name, seed):
     for alpha, model in mixed.items():
         model.load_state_dict(wse(zs, ft, alpha))
     on_val = common.predict(config, mixed, data.val, clip)  # each image is decoded once for all
-    alpha = max(ALPHAS, key=lambda alpha: on_val[alpha].right.double().mean())
-    right = {}
-    for split in (data.test, *data.shifts):
-        right[split.name] = common.predict(config, {"": mixed[alpha]}, split, clip)[""].right
+    alpha = max(ALPHAS, key=lambda alpha: common.accuracy(on_val[alpha].logits, data.val.labels))
+    right = common.right_images(config, mixed[alpha], data, clip)
     return common.Row(f"{name} +WSE", seed, right, alpha)
 
 
@@ -337,26 +335,28 @@ def evaluate(config, data, clip, models, seed):
     """
     failures_of, n_train = failure_sets(config, data, clip, models), len(data.train.labels)
     predictions = predict_sets(config, data, clip, models)
-    T, rows, studies = fit_temperatures(config, predictions["val"]), [], {}
+    temperatures = fit_temperatures(config, predictions["val"])
+    rows, studies = [], {}
     for name in models:
         alone = {s: of[name].right for s, of in predictions.items() if s != "val"}
         rows.append(common.Row("Zero-shot" if name == "ZS" else name, seed, alone))
         if name not in failures_of:
             continue
         V = failures_of[name]
-        k = neighbours(len(V), n_train, config.k_rule, config.p)
+        k = neighbour_count(len(V), n_train, config.k_rule, config.p)
         raw = samples_of(predictions, name)
         # Differs (A14): a pair (a, b) for each fine-tuned model; the paper does not say
         # Differs (A7): the paper does not say whether OSE has temperatures, too; its code has none
-        calibrated = samples_of(predictions, name, T["ZS"], T[name])
+        T_zs, T_ft = temperatures["ZS"], temperatures[name]
+        calibrated = samples_of(predictions, name, T_zs, T_ft)
         outcome = run_algorithm_1(config, V, k, calibrated)
         studies[name] = raw, calibrated, outcome
         rows.append(wse_row(config, data, clip, models, name, seed))
         rows.append(ose_row(f"{name} +OSE", seed, raw))
         rows.append(row_of(f"{name} +VRF", seed, outcome.p_vrf, calibrated, outcome.ab))
-        fitted = f"ZS {T['ZS']:.2f}, {name} {T[name]:.2f}"
+        fitted = f"ZS {T_zs:.2f}, {name} {T_ft:.2f}"
         print(f"{name}, seed {seed}: |V| = {len(V)} of {n_train}, k = {k}, temperatures: {fitted}")
-        print(f"{name}, seed {seed}: of (a, b), {outcome.ties} are equally good on ID val (A11)")
+        print(f"{name}, seed {seed}: pairs (a, b) that are best on ID val: {outcome.ties} (A11)")
         if len(V) == 0:
             print(f"{name}: ZS fails on no training sample that FT gets right; VRF is zero-shot")
     return rows, studies
@@ -367,7 +367,7 @@ def print_tables(config, data, rows):
     runs = f"mean of {config.seeds} fine-tuning run{'s' * (config.seeds > 1)}"
     runs = config.finetuned or runs
     where = "the reported ID set (A10)" if config.selection == "code" else "ID val"
-    title = f"accuracy in %, {runs}; alpha, a/b chosen on {where}"
+    title = f"accuracy in % (test: ID), {runs}; alpha, a/b chosen on {where}"
     print("\n" + common.accuracy_table(rows, title))
     for block in json.loads((common.EMBEDDED / "vrf_paper.json").read_text())["tables"]:
         if (config.model, data.kind) == (block["model"], block["kind"]):
@@ -411,9 +411,11 @@ def summary(rows, name):
     print(f"2. VRF less OSE, both chosen as above: {gained} in the")
     print(f"   mean under shift (95 % intervals over {common.sampled(rows)}).")
     _, shift = common.gain(rows, f"{name} +VRF", f"{name} +WSE")
-    print(f"3. VRF less WSE: {say(*shift)} in the mean under shift. How much of VRF's gain is its")
-    print("   temperatures' (A7), or the choice among tied (a, b)'s (A11), does this say:")
-    print("   python lab/vrf_ablations.py controls")
+    alone = {row.choice for row in rows if row.method == f"{name} +WSE"} == {1.0}
+    which = ", which is the fine-tuned model alone (alpha 1)" if alone else ""
+    print(f"3. VRF less WSE{which}: {say(*shift)} in the mean under shift.")
+    print("How much of this is due to the temperatures (A7), and to equally good pairs (A11), is")
+    print("computed by: python lab/vrf_ablations.py controls. IDs: docs/differences.md")
 
 
 # --- main -----------------------------------------------------------------------------------------

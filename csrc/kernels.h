@@ -27,7 +27,7 @@ struct SpdTensor {
 };
 
 // One step of Adam + selective projection (SPD Eqs. 3, 4, 9), in place. step counts from 1.
-// conditions [count]: null, or c of Alg. 2, read and written. sums [count, 3] receives S1, S2, S3
+// conditions [count]: null, or c of Alg. 2, read and written. sums [count, 3] receives s1, s2, s3
 // (spd_step.cpp), or is null.
 void spd_step_cpu(const SpdTensor* tensors, int64_t count, int64_t step, double lr, double beta1,
                   double beta2, double eps, double spd_lambda, int threads, double* conditions,
@@ -56,7 +56,7 @@ const char* knn_kth_distance_cuda(const KnnBatch* batch, void* stream);
 constexpr int64_t SPD_CHUNK = 4096;
 
 // As above. chunk_tensor[c] is the tensor that chunk c belongs to. partial: scratch [chunks, 3].
-// report [count, 4] receives S1, S2, S3 and the factor f of Eq. (4).
+// report [count, 4] receives s1, s2, s3 and the factor f of Eq. (4).
 const char* spd_step_cuda(const SpdTensor* tensors, int64_t count, const int32_t* chunk_tensor,
                           int64_t chunks, int64_t step, double lr, double beta1, double beta2,
                           double eps, double spd_lambda, double* partial, double* conditions,

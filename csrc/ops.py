@@ -62,10 +62,10 @@ class Kernels:
         """One step of Adam with selective projection (SPD Eqs. 3, 4, 9), in place, on lists.
 
         All tensors of one call are contiguous, fp32 and on one device. An anchor of None is the
-        zero anchor. `step` counts from 1. With D = w - anchor and u the Adam step, S1 = sum g D,
-        S2 = sum D^2, S3 = sum u (2 D + u); a tensor is projected where c < 0 and S3 > 0.
-        conditions [tensors], fp64: c of Alg. 2, which adds up, c <- c - S1; None: c = -S1 of this
-        step alone. sums [tensors, 3], fp64, receives S1, S2, S3.
+        zero anchor. `step` counts from 1. With D = w - anchor and u the Adam step, s1 = sum g D,
+        s2 = sum D^2, s3 = sum u (2 D + u); a tensor is projected where c < 0 and s3 > 0.
+        conditions [tensors], fp64: c of Alg. 2, which adds up, c <- c - s1; None: c = -s1 of this
+        step alone. sums [tensors, 3], fp64, receives s1, s2, s3.
         """
         op, lists = "spd_step", (params, anchors, grads, exp_avgs, exp_avg_sqs)
         for name, column in zip(LISTS, lists, strict=True):

@@ -2,11 +2,11 @@
 // tensors. Reference in PyTorch: spd.spd_step. Per tensor, with w0 the anchor and D = w - w0:
 //   Adam      m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
 //             w~ = w - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps);   u = w~ - w
-//   Eq. (3)   c_t = -S1,  S1 = sum g D;   Alg. 2:  c_t = c_{t-1} - S1
-//   Eq. (9)   r_t = S3 / (gamma_t (gamma_t + gamma_{t-1})),  gamma_{t-1}^2 = S2,
-//             gamma_t^2 = S2 + S3,  S2 = sum D^2,  S3 = sum u (2 D + u):
+//   Eq. (3)   c_t = -s1,  s1 = sum g D;   Alg. 2:  c_t = c_{t-1} - s1
+//   Eq. (9)   r_t = s3 / (gamma_t (gamma_t + gamma_{t-1})),  gamma_{t-1}^2 = s2,
+//             gamma_t^2 = s2 + s3,  s2 = sum D^2,  s3 = sum u (2 D + u):
 //             gamma_t - gamma_{t-1} without its cancellation
-//   Eq. (4)   if c_t < 0 and S3 > 0:  w = w0 + f (w~ - w0),  f = 1 - lambda r_t;   else w = w~
+//   Eq. (4)   if c_t < 0 and s3 > 0:  w = w0 + f (w~ - w0),  f = 1 - lambda r_t;   else w = w~
 // Layout: each tensor a contiguous run of fp32; no alignment needed. In place: param, exp_avg,
 // exp_avg_sq.
 //
@@ -42,7 +42,7 @@ constexpr int64_t kBlock = 8 * kLanes;  // elements summed before fp64
 constexpr int64_t kAhead = 256;         // elements fetched ahead: a seventh less time on a Xeon
 
 struct Sums {
-  double gd = 0, dd = 0, uu = 0;  // S1, S2, S3
+  double gd = 0, dd = 0, uu = 0;  // s1, s2, s3
   void operator+=(const Sums& x) { gd += x.gd, dd += x.dd, uu += x.uu; }
 };
 

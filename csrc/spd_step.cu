@@ -3,12 +3,12 @@
 // contiguous run of fp32; pointers of all in a table on the device (kernels.h).
 //
 //   pass A  spd_adam_kernel    a block per chunk: Adam; while the values are in registers, the
-//                              chunk's share of S1 = sum g D, S2 = sum D^2, S3 = sum u (2D + u),
+//                              chunk's share of s1 = sum g D, s2 = sum D^2, s3 = sum u (2D + u),
 //                              D = w - w0, u = new w - w
 //   pass B  spd_factor_kernel  a block per tensor: adds the shares and derives
-//                              f = 1 - lambda S3 / (gamma_t (gamma_t + gamma_{t-1})), where
-//                              c < 0 and S3 > 0, else 1; c = -S1, or with `conditions` (Alg. 2)
-//                              the c before - S1; gamma_{t-1}^2 = S2, gamma_t^2 = S2 + S3
+//                              f = 1 - lambda s3 / (gamma_t (gamma_t + gamma_{t-1})), where
+//                              c < 0 and s3 > 0, else 1; c = -s1, or with `conditions` (Alg. 2)
+//                              the c before - s1; gamma_{t-1}^2 = s2, gamma_t^2 = s2 + s3
 //   pass C  spd_project_kernel a block per chunk: w = w0 + f (w - w0); a block with f = 1 ends at
 //                              once
 //
@@ -34,7 +34,7 @@ struct Adam {  // what all tensors share, rounded to fp32 as PyTorch does
 };
 
 struct Sums {
-  double gd, dd, uu;  // S1, S2, S3
+  double gd, dd, uu;  // s1, s2, s3
   __device__ void operator+=(const Sums& other) {
     gd += other.gd, dd += other.dd, uu += other.uu;
   }

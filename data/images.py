@@ -14,7 +14,7 @@ from data.trees import InputError
 
 
 class Images(torch.utils.data.Dataset):
-    """(image, label, index) of a Split. Raises InputError for a file that cannot be read.
+    """(image, label) of a Split. Raises InputError for a file that cannot be read.
 
     An item is (index, seed): the transform draws from torch's generator under that seed.
     """
@@ -34,7 +34,7 @@ class Images(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds GPUs: 0.3 ms
         image = self.transform(image)
         torch.set_rng_state(state)
-        return image, int(self.split.labels[index]), index
+        return image, int(self.split.labels[index])
 
     def read(self, index):
         """The image as PIL RGB. Raises InputError."""
@@ -79,8 +79,8 @@ def read_rgb(source):
 
 
 def load_images(split, transform, order, config, device):
-    """Yield (images [B, 3, H, W] on the device, labels [B], index [B]) for every list of
-    (index, seed) in `order`.
+    """Yield (images [B, 3, H, W] on the device, labels [B]) for every list of (index, seed) in
+    `order`.
 
     `transform` ends in ToTensor and Normalize: these run here, on the device and for the batch,
     with the same result; until then pixels are bytes, a quarter of fp32. Raises InputError.
@@ -98,9 +98,9 @@ def load_images(split, transform, order, config, device):
         multiprocessing_context=worker_context() if workers else None,
     )
     try:
-        for pixels, labels, index in batches:
+        for pixels, labels in batches:
             pixels = pixels.to(device, non_blocking=True).float()
-            yield normalise(pixels.div_(255)), labels, index
+            yield normalise(pixels.div_(255)), labels
     except InputError as error:  # a worker process wraps the sentence in its traceback
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
     except (RuntimeError, ConnectionError, EOFError) as error:

@@ -183,10 +183,8 @@ def up_to(most):
 
 
 def read_rows(path, kind):
-    """[instance of the dataclass `kind`] of a file of `write_rows`; an empty cell may be None."""
-    parsers = {str: str, int: int, float: float}
-    parsers[float | None] = lambda cell: float(cell) if cell else None
-    columns = {f.name: parsers[f.type] for f in dataclasses.fields(kind)}
+    """[instance of the dataclass `kind`] of a file of `write_rows`."""
+    columns = {f.name: f.type for f in dataclasses.fields(kind)}  # str, int and float read text
     return [kind(**row) for row in read_table(path, columns)]
 
 

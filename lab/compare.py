@@ -116,7 +116,7 @@ def evaluate(own, data, clip, models, seed):
     for name, p in found.items():
         right = {s: x.argmax(1) == labels[s] for s, x in p.items()}
         ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
-        rows.append(common.Row(name, seed, right, ours=True, numbers={"ece": ece}))
+        rows.append(common.Row(name, seed, right, numbers={"ece": ece}))
     return rows
 
 

@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # noqa: E402
 import er_study  # noqa: E402
+from data import testbeds  # noqa: E402
 from lab import digits_testbed, er_published  # noqa: E402
 
 
@@ -81,23 +83,39 @@ def replayed(images, labels, size=32):
     return loss
 
 
-def mixed(config, data, clip, zero_shot, bench, seed):
+def with_loss(config, data, clip, zero_shot, bench, run, loss):
+    """er_study.follow from zero-shot, with a loss of its own: loss(model) -> loss_fn."""
+    named = {"loss": run}
+
+    def evaluations(todo, resume):
+        used, model = dataclasses.replace(config, resume=resume), copy.deepcopy(zero_shot)
+        args = used, run, model, data.train, clip, loss(model)
+        for done in common.train_steps(used, common.image_training(*args, key=named)):
+            if done in todo:
+                yield done, er_study.score(model, bench.sets)
+
+    key = [common.training_key(config, clip, data.train, named, loss), *fingerprints(data)]
+    per_epoch = common.steps_of_epoch(len(data.train.labels), config.batch)
+    steps, key = er_study.cadence(per_epoch, config.epochs), [zero_shot.state_dict(), key]
+    return er_study.record(config, bench, run, "zero-shot", key, steps, evaluations)
+
+
+def mixed(config, data, clip, zero_shot, bench):
     """Trajectory over alpha (as step / 10): zero-shot and fine-tuned weights, interpolated."""
     import vrf
 
     tuned, between = copy.deepcopy(zero_shot), copy.deepcopy(zero_shot)
-    used = dataclasses.replace(config, lr=RATE, seed=seed)
-    common.fine_tune(used, f"zero-shot, lr {RATE:g}", tuned, data.train, clip)  # or read
+    common.fine_tune(config, f"zero-shot, lr {RATE:g}", tuned, data.train, clip)  # or read
 
     def evaluations(todo, resume):
         for step in sorted(todo):
             weights = vrf.wse(zero_shot.state_dict(), tuned.state_dict(), step / 10)
             between.load_state_dict(weights)
-            yield step, er_study.score(bench, between)
+            yield step, er_study.score(between, bench.sets)
 
-    setting = er_study.Setting("weights mixed", "zero-shot", RATE, seed, config.epochs)
     key = [zero_shot.state_dict(), tuned.state_dict(), *fingerprints(data)]
-    return er_study.record(config, bench, setting, key, range(11), evaluations)
+    run = config, bench, "weights mixed", "zero-shot"
+    return er_study.record(*run, key, range(11), evaluations)
 
 
 def fingerprints(data):
@@ -111,16 +129,14 @@ def strategies(config, data, clip, zero_shot, bench, seed):
 
     images, labels, _ = pretrain_clip.corpus(size=2048, seed=seed + 100)
     buffer = replayed(pretrain_clip.normalise(images), labels)
-    args = config, data, clip, zero_shot, bench
-    kinds = {f"zero-shot, lr {RATE:g}": None}
-    kinds |= {"distillation": distilled(zero_shot), "replay": buffer}
-    found = []
-    for name, loss in kinds.items():
-        setting = er_study.Setting(name, "zero-shot", RATE, seed, config.epochs)
-        found += er_study.follow(*args, setting, loss)
-    name, rate = f"head-only, lr {config.lr_head:g}", config.lr_head
-    head = er_study.Setting(name, "head-only", rate, seed, config.epochs)
-    return [*found, *er_study.follow(*args, head), *mixed(*args, seed)]
+    config = dataclasses.replace(config, lr=RATE, seed=seed)
+    world = data, clip, zero_shot, bench
+    found = er_study.follow(config, *world, f"zero-shot, lr {RATE:g}", "zero-shot")
+    found += with_loss(config, *world, "distillation", distilled(zero_shot))
+    found += with_loss(config, *world, "replay", buffer)
+    head = dataclasses.replace(config, lr=config.lr_head)
+    found += er_study.follow(head, *world, f"head-only, lr {head.lr:g}", "head-only")
+    return found + mixed(config, *world)
 
 
 # --- difficulty -----------------------------------------------------------------------------------
@@ -162,14 +178,14 @@ def difficulty(config, data, clip, zero_shot, bench, seed):
     x, y = digits_testbed.grey(data.train), data.train.labels
     key = [common.fingerprint(data.train), 0]
     score = common.cached(config, "difficulty", key, lambda: {"score": held_out_score(x, y)})
+    config = dataclasses.replace(config, lr=RATE, seed=seed, epochs=3 * config.epochs)
     found = []
     for which in ("easiest", "random", "hardest"):
         rows = subset(score["score"], y, which, PER_CLASS, seed)
         images = data.train.images[rows.numpy()]
         train = dataclasses.replace(data.train, images=images, labels=y[rows])
-        args = config, dataclasses.replace(data, train=train), clip, zero_shot, bench
-        name, epochs = f"{which} {len(rows)}", 3 * config.epochs
-        found += er_study.follow(*args, er_study.Setting(name, "zero-shot", RATE, seed, epochs))
+        world = dataclasses.replace(data, train=train), clip, zero_shot, bench
+        found += er_study.follow(config, *world, f"{which} {len(rows)}", "zero-shot")
     return found
 
 
@@ -184,9 +200,9 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=1500):
     """
     from lab import pretrain_clip
 
-    name, rate = f"random, lr {config.lr_random:g}", config.lr_random
-    none = er_study.Setting(name, "random", rate, seed, config.epochs_random)
-    found = er_study.follow(config, data, clip, zero_shot, bench, none)
+    none = {"lr": config.lr_random, "epochs": config.epochs_random}
+    world = dataclasses.replace(config, seed=seed, **none), data, clip, zero_shot, bench
+    found = er_study.follow(*world, f"random, lr {config.lr_random:g}", "random")
     for name, (domains, size) in CORPORA.items():
         weights = Path(config.out) / "pretrained" / f"{common.slug(name)}-{steps}-{seed}.npz"
         if not weights.is_file():
@@ -195,10 +211,9 @@ def pretraining(config, data, clip, zero_shot, bench, seed, steps=1500):
             pretrain_clip.save(
                 pretrain_clip.pretrain(steps, domains, size, seed, log=100)[0], weights
             )
-        own = dataclasses.replace(config, weights=str(weights))
-        args = own, data, *common.zero_shot(own, data), bench
-        setting = er_study.Setting(name, "new-head", RATE, seed, config.epochs)
-        found += er_study.follow(*args, setting)
+        own = dataclasses.replace(config, weights=str(weights), lr=RATE, seed=seed)
+        world = own, data, *common.zero_shot(own, data), bench
+        found += er_study.follow(*world, name, "new-head")
     return found
 
 
@@ -265,11 +280,26 @@ def probabilities(config, data, clip, model):
     return found
 
 
+@dataclasses.dataclass
+class MethodPoint(er_study.Point):
+    """A Point of `methods`, which has the ECE of its model, too; shares."""
+
+    ece_id: float = 0.0
+    ece_ood: float = 0.0
+
+
+def read(path):
+    """The points of a file: MethodPoint of what `methods` wrote, else er_study.Point."""
+    kind = MethodPoint if Path(path).name.startswith("methods-") else er_study.Point
+    return testbeds.read_rows(path, kind)
+
+
 def methods(config, data, clip, zero_shot, bench, seed):
     """Every fine-tuned model of this repository, with and without ensembles, as points with their
     ECE. One file, a row of the table as a run of one checkpoint; nothing tuned on the test sets.
     """
     args, models = tuned(config, seed)
+    own = dataclasses.replace(config, lr=0.0, seed=seed)
     labels, points = {s.name: s.labels for s in (data.test, *data.shifts)}, []
     plain = {"ZS": "Zero-shot", "LC": "Linear classifier"}
     for name, model in models.items():
@@ -280,16 +310,15 @@ def methods(config, data, clip, zero_shot, bench, seed):
         for row, p in found.items():
             right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
             ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
-            setting = er_study.Setting(row, "zero-shot", 0.0, seed, 0)
-            points += with_ece(er_study.measure(bench, setting, 0, right), ece)
+            points += with_ece(er_study.measure(own, bench, row, "zero-shot", 0, right), ece)
     er_study.write(f"{config.out}/trajectories/methods-seed-{seed}.csv", points)
     return points + courses(config, data, clip, zero_shot, bench, seed)
 
 
 def with_ece(points, ece):
-    """Points of `measure`, and the ECE of the same model: {set: share}."""
+    """MethodPoints from those of `measure` and the ECE of the same model: {set: share}."""
     ece = ece | {"mean": common.mean_shift(ece)}
-    return [dataclasses.replace(p, ece_id=ece[common.ID], ece_ood=ece[p.shift]) for p in points]
+    return [MethodPoint(**vars(p), ece_id=ece[common.ID], ece_ood=ece[p.shift]) for p in points]
 
 
 def trainings(config, clip, data, zero_shot, seed):
@@ -354,52 +383,66 @@ def courses(config, data, clip, zero_shot, bench, seed):
                     if name in ("FLYP", "CaRot"):
                         with contextlib.redirect_stdout(io.StringIO()):  # it has been said
                             model = carot.as_classifier(used, data, clip, model)
-                    yield done, er_study.score(bench, model)
+                    yield done, er_study.score(model, bench.sets)
 
-        setting = er_study.Setting(name + COURSE, "zero-shot", used.lr, seed, used.epochs)
-        recipe = used.batch, used.warmup, used.weight_decay
+        recipe = used.batch, used.warmup, used.weight_decay, used.epochs
         key = [zero_shot.state_dict(), recipe, *fingerprints(data)]
+        own = dataclasses.replace(config, lr=used.lr, seed=seed)
         per_epoch = common.steps_of_epoch(len(data.train.labels), used.batch)
         steps = er_study.cadence(per_epoch, used.epochs)
-        found += er_study.record(config, bench, setting, key, steps, evaluations)
+        run = own, bench, name + COURSE, "zero-shot"
+        found += er_study.record(*run, key, steps, evaluations)
     return found
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def print_at(groups, shift):
+def at_accuracy(points, accuracy):
+    """ER where a run's ID accuracy first passes `accuracy`, interpolated in logit(ID); or nan."""
+    acc_id, er = (np.array([getattr(p, name) for p in points]) for name in ("id", "er"))
+    before = np.maximum.accumulate([0, *acc_id])[:-1]
+    high = (acc_id > before) & (acc_id < 1)  # its new highs
+    if not high.any():
+        return np.nan
+    ends = {"left": np.nan, "right": np.nan}
+    return float(np.interp(logit(accuracy), logit(acc_id[high]), er[high], **ends))
+
+
+def cell(shares):
+    """er_study.over_runs; '-' if a run has none."""
+    return "-" if np.isnan(shares).any() else er_study.over_runs(shares)
+
+
+def print_at(runs, shift):
     """ER at equal ID accuracies and at the end: of one run with its saved interval (models and
     images), of several the mean with the interval of the mean over runs.
     """
     lines = []
-    for name, runs in groups.items():
-        curves = [er_study.curve(points, shift) for points in runs.values()]
-        cells = [er_study.over_runs([er_study.at_accuracy(c, a) for c in curves]) for a in AT]
-        last = er_study.over_runs([c["er"][-1] for c in curves])
-        if len(curves) == 1:
-            low, high = (100 * curves[0][x][-1] for x in ("er_lo", "er_hi"))
-            last += f" [{low:+.1f}, {high:+.1f}]"
-        last += " *" * any(c["extrapolated"][-1] for c in curves)
-        at_home = 100 * np.mean([c["id"][-1] for c in curves])
-        lines.append([name, *cells, f"{at_home:.1f}", last])
+    for name, seeds in runs.items():
+        cells = [cell([at_accuracy(own, a) for own in seeds.values()]) for a in AT]
+        ends = [own[-1] for own in seeds.values()]
+        last = er_study.over_runs([p.er for p in ends])
+        if len(ends) == 1:
+            last = er_study.in_points(ends[0].er, ends[0].er_lo, ends[0].er_hi)
+        last += " *" * any(p.extrapolated for p in ends)
+        lines.append([name, *cells, f"{100 * np.mean([p.id for p in ends]):.1f}", last])
     header = ["run", *(f"ID {100 * a:g}" for a in AT), "last ID", "last ER [95 %]"]
     title = f"ER on {shift} in points at equal ID accuracy; -: not passed; *: extrapolated"
     print("\n" + common.table(header, lines, title))
-    differences(groups, shift)
+    differences(runs, shift)
 
 
-def differences(groups, shift):
+def differences(runs, shift):
     """The same less the first row's: runs of one seed in pairs, interval of the mean over pairs."""
-    (first, base), *others = groups.items()
-    lines, at, curve = [], er_study.at_accuracy, er_study.curve
+    (first, base), *others = runs.items()
+    lines = []
     for name, own in others:
-        seeds = [seed for seed in own if seed in base]
-        pairs = [(curve(own[seed], shift), curve(base[seed], shift)) for seed in seeds]
+        pairs = [(own[seed], base[seed]) for seed in own if seed in base]
         if pairs:
-            gaps = [[at(x, a) - at(y, a) for x, y in pairs] for a in AT]
-            gaps.append([x["er"][-1] - y["er"][-1] for x, y in pairs])
-            lines.append([name, *map(er_study.over_runs, gaps)])
+            gaps = [[at_accuracy(x, a) - at_accuracy(y, a) for x, y in pairs] for a in AT]
+            gaps.append([x[-1].er - y[-1].er for x, y in pairs])
+            lines.append([name, *map(cell, gaps)])
     if not lines:
         return
     header = [f"less {first}", *(f"ID {100 * a:g}" for a in AT), "last"]
@@ -407,38 +450,36 @@ def differences(groups, shift):
     print("\n" + common.table(header, lines, title))
 
 
-def print_points(groups, shift):
+def print_points(points, shift):
     """Points of `methods`: accuracy, ECE and ER with its interval; mean over seeds."""
     lines = []
-    for name, runs in groups.items():
-        home, away = (first_of(runs, s) for s in (shift, "mean"))
-        cells = [f"{100 * home['id']:.1f}", ece_cell(home["ece_id"])]
+    of_shift, of_mean = (er_study.by_run(points, s) for s in (shift, "mean"))
+    for name, seeds in of_shift.items():
+        home, away = mean_of(seeds), mean_of(of_mean[name])
+        cells = [f"{100 * home.id:.1f}", ece_cell(home.ece_id)]
         for p in (home, away):
-            er = er_study.with_interval(*(100 * p[k] for k in ("er", "er_lo", "er_hi")))
-            cells += [f"{100 * p['ood']:.1f}", ece_cell(p["ece_ood"]), er]
+            er = er_study.in_points(p.er, p.er_lo, p.er_hi)
+            cells += [f"{100 * p.ood:.1f}", ece_cell(p.ece_ood), er]
         lines.append([name, *cells])
     header = ["method", "ID", "ECE", shift, "ECE", "ER [95 %]", "mean shift", "ECE", "ER [95 %]"]
     print("\n" + common.table(header, lines, "accuracy in %, ECE as a share, ER in points"))
 
 
-def first_of(runs, shift):
-    """{name of a number: its mean over seeds} of the first checkpoints; shares."""
-    curves = [er_study.curve(points, shift) for points in runs.values()]
-    names = ("id", "ood", "er", "er_lo", "er_hi", "ece_id", "ece_ood")
-    return {name: np.mean([c[name][0] for c in curves]) for name in names}
+def mean_of(seeds):
+    """MethodPoint of a row of `methods`, mean over {seed: its one point}."""
+    return er_study.average([own[0] for own in seeds.values()])
 
 
 def ece_cell(share):
     return f"{share:.3f}".lstrip("0")
 
 
-COLUMNS = ("id", "er", "er_lo", "er_hi")
 COURSE = " in training"  # ends the names of `courses`
 FAMILIES = "Zero-shot,Linear classifier,E2E-FT,LP-FT,FLYP,CaRot,AdamW,L2-SP,Adam-SPD".split(",")
 MARKS = {"": "o", " +WSE": "s", " +OSE": "D", " +VRF": "^"}
 
 
-def figure_points(config, lines, groups, in_training, shift):
+def figure_points(config, lines, points, in_training, shift):
     """ER of every method against its ID accuracy, on one shift and in the mean: colour by training,
     mark by ensemble, intervals where there is none; thin lines: the course of a training.
     """
@@ -446,10 +487,10 @@ def figure_points(config, lines, groups, in_training, shift):
     with common.figure(path, header, columns=2) as ((axes,), numbers):
         for axis, s in zip(axes, (shift, "mean"), strict=True):
             er_study.id_axis(axis, lines[s if s in lines else shift], 0.76, 0.965)
-            for name, runs in groups.items():
-                numbers.append((s, name, *draw_point(axis, name, runs, s)))
-            for name, runs in in_training.items():
-                numbers += [(s, name, *x) for x in draw_course(axis, name, runs, s)]
+            for name, seeds in er_study.by_run(points, s).items():
+                numbers.append((s, name, *draw_point(axis, name, seeds)))
+            for name, seeds in courses_of(in_training, s).items():
+                numbers += [(s, name, *x) for x in draw_course(axis, name, seeds)]
             axis.set(ylabel="ER, points [95 %]")
             axis.set_title(f"ER on {s if s in lines else 'all shifts'}", fontsize=8)
         for ensemble, mark in MARKS.items():
@@ -458,11 +499,15 @@ def figure_points(config, lines, groups, in_training, shift):
         axes[0].legend(fontsize=6, loc="lower left", ncols=2)
 
 
-def draw_point(axis, name, runs, shift):
-    """A row of `methods`, mean over seeds.  -> ID accuracy, ER, its interval; percent, points"""
+def in_percent(p):
+    """ID accuracy, ER and its interval, in percent and points."""
+    return [100 * x for x in (p.id, p.er, p.er_lo, p.er_hi)]
+
+
+def draw_point(axis, name, seeds):
+    """A row of `methods`, mean over seeds.  -> `in_percent`"""
     family, _, ensemble = name.partition(" +")
-    p = first_of(runs, shift)
-    x, y, low, high = (100 * p[k] for k in COLUMNS)
+    x, y, low, high = in_percent(mean_of(seeds))
     mark, colour = MARKS[f" +{ensemble}" if ensemble else ""], f"C{FAMILIES.index(family)}"
     spread, label = (None, None) if ensemble else ([[y - low], [high - y]], name)
     look = {"fmt": mark, "color": colour, "ms": 4, "lw": 0.8, "label": label}
@@ -470,14 +515,20 @@ def draw_point(axis, name, runs, shift):
     return x, y, low, high
 
 
-def draw_course(axis, name, runs, shift):
-    """The trajectories of a method's trainings.  -> rows of percent and points"""
+def draw_course(axis, name, seeds):
+    """The trajectories of a method's trainings.  -> rows of `in_percent`"""
     colour, rows = f"C{FAMILIES.index(name.removesuffix(COURSE))}", []
-    for points in runs.values():
-        c = er_study.curve(points, shift)
-        axis.plot(c["id"], 100 * c["er"], color=colour, lw=0.6, alpha=0.6, zorder=1)
-        rows += zip(*(100 * c[k] for k in COLUMNS), strict=True)
+    for own in seeds.values():
+        look = {"color": colour, "lw": 0.6, "alpha": 0.6, "zorder": 1}
+        axis.plot([p.id for p in own], [100 * p.er for p in own], **look)
+        rows += map(in_percent, own)
     return rows
+
+
+def courses_of(points, shift):
+    """er_study.by_run of the points of `courses`, in the order of FAMILIES."""
+    runs = er_study.by_run(points, shift)
+    return {f + COURSE: runs[f + COURSE] for f in FAMILIES if f + COURSE in runs}
 
 
 def main(argv=None):
@@ -488,26 +539,26 @@ def main(argv=None):
     (axis,) = common.choose(axis, known, "the first word")
     config = common.parse(Config, argv, __doc__)
     if config.plot:
-        bench, points = er_published.saved(config.plot)
+        bench, points = er_published.saved(config.plot, read)
     else:
-        config, *world, bench = er_study.prepare(argv)
+        config, *world, bench = er_study.prepare(tuple(argv))
         points = []
         for seed in range(config.seed, config.seed + config.seeds):
             points += known[axis](config, *world, bench, seed)
-    groups, lines, shift = er_study.by_run(points), bench.lines, er_study.best_line(bench.lines)
+    lines, shift = bench.lines, er_study.best_line(bench.lines)
     er_study.print_lines(bench)
     if axis == "methods":
-        in_training = {f + COURSE: groups[f + COURSE] for f in FAMILIES if f + COURSE in groups}
-        rows = {n: runs for n, runs in groups.items() if n.partition(" +")[0] in FAMILIES}
+        rows = [p for p in points if p.run.partition(" +")[0] in FAMILIES]
+        points = [p for p in points if p.run.endswith(COURSE)]
         print_points(rows, shift)
-        figure_points(config, lines, rows, in_training, shift)
-        groups = in_training
+        figure_points(config, lines, rows, points, shift)
     for s in (shift, "mean"):
-        if groups:
-            print_at(groups, s)
+        runs = courses_of(points, s) if axis == "methods" else er_study.by_run(points, s)
+        if runs:
+            print_at(runs, s)
     if axis != "methods":
-        er_published.figure_shifts(config, lines, groups, (shift, "mean"), f"er_{axis}")
-    return groups
+        er_published.figure_shifts(config, lines, points, (shift, "mean"), f"er_{axis}")
+    return points
 
 
 if __name__ == "__main__":

@@ -60,10 +60,7 @@ def about(file, model="model"):
 def cells(points, model, shifts):
     """ER with its interval on every shift, in points; -: not known."""
     found = [points.get((model, s)) for s in shifts]
-    return [
-        er_study.with_interval(*(100 * x for x in (p.er, p.er_lo, p.er_hi))) if p else "-"
-        for p in found
-    ]
+    return [er_study.in_points(p.er, p.er_lo, p.er_hi) if p else "-" for p in found]
 
 
 def header(shifts, *first):
@@ -123,7 +120,7 @@ def print_own_classes(config):
     testbed = testbeds.read("modern")
     own = {s: at_home for s, at_home in testbed.id_of.items() if at_home != testbeds.HOME}
     testbed = dataclasses.replace(testbed, name="modern, ID on the same classes", id_of=own)
-    measurement = er_study.new_measurement(config, testbed)
+    measurement = er_study.Measurement(testbed, config.draws)
     er_study.print_lines(measurement)
     points, rows = er_study.studied_points(measurement), []
     for model, row in about("modern_pairs.csv", "fine-tuned").items():
@@ -166,10 +163,7 @@ def print_testbeds(testbed, lines, points):
         for name, other in own:
             if other is None:
                 continue
-            er = [
-                er_study.effective_robustness(p.id, p.ood, other.slope, other.intercept) - p.er
-                for p in studied
-            ]
+            er = [other.er_of(p.id, p.ood) - p.er for p in studied]
             numbers = [f"{x:.4f}" for x in (other.slope, other.intercept, other.r2)]
             moved = [f"{100 * np.mean(er):+.2f}", f"{100 * min(er):+.2f} to {100 * max(er):+.2f}"]
             spread = f"{100 * other.residual:.2f}"

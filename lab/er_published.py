@@ -18,7 +18,6 @@ beside them.
 import glob
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ SCRATCH = "_epochs"  # in the names of the 2020 testbed's checkpoints of trainin
 # --- trajectories from their files ----------------------------------------------------------------
 
 
-def saved(pattern):
+def saved(pattern, read=er_study.read):
     """Measurement and [er_study.Point] of trajectory files; the testbed's file lies beside them.
     Raises InputError where a row contradicts the testbed's lines, or is there twice.
     """
@@ -44,19 +43,17 @@ def saved(pattern):
     beds = [p for p in (path.parent / "testbed.csv" for path in paths) if p.is_file()]
     if not beds:
         raise common.InputError(f"{pattern}: no trajectories, or no testbed.csv by them")
-    testbed = testbeds.read(beds[0])
-    lines = {ood: er_study.baseline(testbed, ood) for ood in testbed.id_of}
-    points = {}
+    measurement, points = er_study.Measurement(testbeds.read(beds[0]), draws=0), {}
     for path in paths:
-        for number, p in enumerate(er_study.read(path), 2):
-            key, problem = (p.run, p.seed, p.step, p.shift), contradiction(p, lines)
+        for number, p in enumerate(read(path), 2):
+            key, problem = (p.run, p.seed, p.step, p.shift), contradiction(p, measurement.lines)
             if key in points:
                 problem = "is there twice"
             if problem:
                 where = f"{path}, line {number}: step {p.step} of {p.run}, seed {p.seed}"
                 raise common.InputError(f"{where}, on {p.shift} {problem}")
             points[key] = p
-    return er_study.Measurement(testbed, lines, None, None), list(points.values())
+    return measurement, list(points.values())
 
 
 def contradiction(p, lines):
@@ -67,8 +64,7 @@ def contradiction(p, lines):
         return ""
     if p.shift not in lines:
         return f"has no line; the testbed has {', '.join(lines)}"
-    slope, intercept = lines[p.shift].slope, lines[p.shift].intercept
-    er = er_study.effective_robustness(p.id, p.ood, slope, intercept)
+    er = lines[p.shift].er_of(p.id, p.ood)
     if abs(er - p.er) < 1e-6:
         return ""
     return f"has er {p.er}, but the line gives {er:.6f}: it was measured with another testbed"
@@ -122,20 +118,21 @@ def print_by_image(testbed):
 # --- figures --------------------------------------------------------------------------------------
 
 
-def figure_shifts(config, lines, groups, shifts, name):
+def figure_shifts(config, lines, points, shifts, name):
     """ER against ID accuracy, a panel per shift."""
     columns = min(3, len(shifts))
     header = ["shift", "run", "step", "id", "ood", "er", "lo", "hi"]
     path, rows = f"{config.out}/figures/{name}", -(-len(shifts) // columns)
     with common.figure(path, header, columns, rows) as (axes, numbers):
         for axis, shift in zip(axes.flat, shifts, strict=False):
-            numbers += er_study.er_panel(axis, lines, groups, shift)
+            line = lines.get(shift, lines[er_study.best_line(lines)])
+            numbers += er_study.er_panel(axis, line, er_study.by_run(points, shift))
         for axis in axes.flat[len(shifts) :]:
             axis.set_visible(False)
         axes.flat[0].legend(fontsize=6)
 
 
-def figure_by_image(config, testbed, line, groups, zero_shot):
+def figure_by_image(config, testbed, line, points, zero_shot):
     """Both accuracies by step; images that no testbed model gets right; dominance on ID.
 
     zero_shot: {set: bool [N]}, which images the zero-shot model gets right.
@@ -143,17 +140,15 @@ def figure_by_image(config, testbed, line, groups, zero_shot):
     header, path = ["panel", "series", "x", "y"], f"{config.out}/figures/er_by_image"
     with common.figure(path, header, columns=3) as ((axes,), numbers):
         both_axis, nobody_axis, pair_axis = axes
-        for _, c, look in er_study.styled(groups, line.ood):
-            plain = look | {"marker": ""}
-            both_axis.plot(c["step"], 100 * c["id"], **plain)
-            both_axis.plot(c["step"], 100 * c["ood"], **(plain | {"ls": "--", "label": None}))
-        for name, c, look in er_study.styled(groups, "mean"):
-            nobody_axis.plot(c["id"], 100 * c["nobody"], **look)
-            numbers += [("nobody", name, *xy) for xy in zip(c["id"], c["nobody"], strict=True)]
+        runs = er_study.by_run(points, line.ood)
+        er_study.draw_runs(both_axis, runs, "step", "id", 100, marker="")
+        both_axis.legend(fontsize=6)  # before the dashed lines, which are the same runs
+        er_study.draw_runs(both_axis, runs, "step", "ood", 100, marker="", ls="--")
+        er_study.draw_runs(nobody_axis, er_study.by_run(points, "mean"), "id", "nobody", 100)
+        numbers += [("nobody", p.run, p.id, p.nobody) for p in points if p.shift == "mean"]
         title = f"ID (solid) and {line.ood} (dashed) by step"
         both_axis.set(xscale="symlog", xlim=(0, None), xlabel="step", ylabel="accuracy, %")
         both_axis.set_title(title, fontsize=8)
-        both_axis.legend(fontsize=6)
         numbers += nobody_panel(nobody_axis, testbed, line)
         numbers += pair_panel(pair_axis, testbed.right[line.id], zero_shot[line.id])
         pair_axis.set_title(f"dominance probability on ID ({line.id})", fontsize=8)
@@ -194,14 +189,14 @@ def pair_panel(axis, right, zero_shot):
 
 def digits(argv):
     """Table and figures of the digits' testbed and of the trajectories in --out."""
-    config, _, _, zero_shot, measurement = er_study.prepare(argv)
+    config, _, _, zero_shot, measurement = er_study.prepare(tuple(argv))
     testbed, lines = measurement.testbed, measurement.lines
     print_by_image(testbed)
-    groups = er_study.by_run(saved(f"{config.out}/trajectories/*.csv")[1])
-    right = er_study.score(measurement, zero_shot)
-    figure_by_image(config, testbed, lines[er_study.best_line(lines)], groups, right)
-    figure_shifts(config, lines, groups, list(lines), "er_shifts")
-    return groups
+    points = saved(f"{config.out}/trajectories/*.csv")[1]
+    right = er_study.score(zero_shot, measurement.sets)
+    figure_by_image(config, testbed, lines[er_study.best_line(lines)], points, right)
+    figure_shifts(config, lines, points, list(lines), "er_shifts")
+    return points
 
 
 def print_studied(points, shifts):
@@ -228,7 +223,7 @@ def published(config, name):
     """
     testbed = testbeds.read(name)
     draws = min(config.draws, 200) if testbed.right else config.draws
-    measurement = er_study.new_measurement(replace(config, draws=draws), testbed)
+    measurement = er_study.Measurement(testbed, draws)
     studied = {model.split("@")[0] for model in testbed.studied}
     for line in measurement.lines.values():
         if twice := studied & {model.split("@")[0] for model in line.models}:
@@ -243,6 +238,14 @@ def published(config, name):
     return points
 
 
+def report(config, measurement, points):
+    """What er_study.py says of its trajectories, of any.  -> the points"""
+    er_study.print_tables(measurement, points)
+    er_study.figure(config, measurement.lines, points)
+    er_study.summary(measurement.lines, points)
+    return points
+
+
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "all"
@@ -250,7 +253,7 @@ def main(argv=None):
         return digits(argv)
     if name == "plot":
         pattern = argv.pop(0) if argv else ""
-        return er_study.report(common.parse(er_study.Config, argv, __doc__), *saved(pattern))
+        return report(common.parse(er_study.Config, argv, __doc__), *saved(pattern))
     config = common.parse(er_study.Config, argv, __doc__)
     every = ("cifar10", "imagenet", "imagenet2020")
     return [p for each in (every if name == "all" else [name]) for p in published(config, each)]

@@ -45,7 +45,7 @@ import common  # noqa: E402
 import er_study  # noqa: E402
 from common import arg  # noqa: E402
 from data import testbeds, trees  # noqa: E402
-from lab import er_axes, networks  # noqa: E402
+from lab import er_axes, er_published, networks  # noqa: E402
 
 WHOLE = {"batch": 64, "momentum": 0.9, "weight_decay": 1e-4, "size": 224, "seeds": 5}  # App. B.1
 WHOLE |= {"per_class": 500}
@@ -250,7 +250,7 @@ def views_of(data, shifts, testbed):
 def make_world(config, data):
     shifts, testbed = published(config, data)
     views = views_of(data, shifts, testbed)
-    bench = er_study.new_measurement(config, testbed)
+    bench = er_study.Measurement(testbed, config.draws)
     n = {name: len(labels) for name, _, _, labels, _ in views}
     for ood, line in bench.lines.items():
         found, known = ([sizes[s] for s in (line.id, ood)] for sizes in (n, testbed.n))
@@ -315,7 +315,7 @@ def outputs(config, model, split, transform):
     size = min(config.batch, 256)
     order = [[(j, 0) for j in range(i, min(i + size, n))] for i in range(0, n, size)]
     parts = []
-    for images, _, _ in common.load_images(split, transform, order, config, device):
+    for images, _ in common.load_images(split, transform, order, config, device):
         with common.autocast(device, config.precision):
             parts.append(model(images).float().cpu())
     return torch.cat(parts)
@@ -323,10 +323,9 @@ def outputs(config, model, split, transform):
 
 def record(config, world, name, init, key, steps, evaluations):
     """Points of one run of config.lr and config.seed; `key`: what else shapes it."""
-    setting = er_study.Setting(name, init, float(config.lr), config.seed, config.epochs)
     sets = (world.data.train, *world.splits.values())
-    key = [key, config.precision, *(common.fingerprint(s) for s in sets)]
-    return er_study.record(config, world.bench, setting, key, steps, evaluations)
+    key = [key, config.epochs, config.precision, *(common.fingerprint(s) for s in sets)]
+    return er_study.record(config, world.bench, name, init, key, steps, evaluations)
 
 
 def recipe_of(config):
@@ -346,8 +345,7 @@ def whole(config, world, build, transforms, init, lr, seed):
 
     def batches_from(first):
         order = common.batches(n, config.batch, common.steps_of(config, n), seed, first)
-        for images, labels, _ in common.load_images(data.train, train, order, config, device):
-            yield images, labels
+        yield from common.load_images(data.train, train, order, config, device)
 
     def evaluations(todo, resume):
         model = build(config, classes, seed).to(device)
@@ -530,7 +528,7 @@ def main(argv=None):
         init = "random" if config.init == "random" else "new-head"
         how = build, networks.transforms(kind, config.size), init
         points = [p for run in runs for p in whole(config, world, *how, *run)]
-    return er_study.report(config, bench, points)
+    return er_published.report(config, bench, points)
 
 
 if __name__ == "__main__":

@@ -356,71 +356,94 @@ def pretrain_photos(pictures):
 # --- the sets ---
 
 
-def make():
-    rng = np.random.default_rng(SEED)
-    out = {}
+def entry(name, images, labels, rng=None):
+    """The two arrays of a set, shuffled if there is a generator."""
+    order = np.arange(len(labels)) if rng is None else rng.permutation(len(labels))
+    return {
+        f"{name}/images": np.ascontiguousarray(images[order]),
+        f"{name}/labels": labels[order].astype(np.uint8),
+    }
 
-    def put(name, images, labels, shuffle=True):
-        order = rng.permutation(len(labels)) if shuffle else np.arange(len(labels))
-        out[f"{name}/images"] = np.ascontiguousarray(images[order])
-        out[f"{name}/labels"] = labels[order].astype(np.uint8)
 
-    x, y = mnist()
-    train, val, test, rest = split(y, (300, 75, 125), rng)
-    assert len(rest) == 0
-    for name, at in (("train", train), ("val", val), ("test", test)):
-        put(name, x[at], y[at])
+def scan_set(digits, labels):
+    """60 digits of each class, photographed again."""
+    rng = np.random.default_rng(SEED + 1)
+    at = np.concatenate([np.flatnonzero(labels == c)[:60] for c in range(10)])
+    return entry("scan", np.stack([draw_scan(d, rng) for d in digits[at]]), labels[at])
 
-    own = np.random.default_rng(SEED + 1)
-    again = np.concatenate([test[y[test] == c][:60] for c in range(10)])
-    put("scan", np.stack([draw_scan(d, own) for d in x[again]]), y[again], shuffle=False)
 
-    small, uy = uci()
-    pre, evaluation, candidates = split(uy, (30, 60), rng)
-    twenty = np.full(len(uy), 20)  # the box into which MNIST's digits were fitted
-    ux = enlarge(small, twenty, twenty)
-    put("pretrain_uci", ux[pre], uy[pre])
-    put("uci", ux[evaluation], uy[evaluation])
+def uci_sets(mnist_images, mnist_labels, rng):
+    """UCI's digits: of each class 30 to pre-train on, 60 to test on, and of those left 60 at most
+    that networks trained on these MNIST digits get wrong.
+    """
+    small, labels = uci()
+    pre, evaluation, candidates = split(labels, (30, 60), rng)
+    twenty = np.full(len(labels), 20)  # the box into which MNIST's digits were fitted
+    images = enlarge(small, twenty, twenty)
+    out = entry("pretrain_uci", images[pre], labels[pre], rng)
+    out |= entry("uci", images[evaluation], labels[evaluation], rng)
     # UCI stretched every digit to a square; the candidates get sizes and proportions of their own.
-    ux = enlarge(small, rng.integers(18, 27, len(uy)), rng.integers(15, 25, len(uy)))
-    votes = reference_votes(x[train], y[train], (ux[candidates], uy[candidates]))
+    n = len(labels)
+    images = enlarge(small, rng.integers(18, 27, n), rng.integers(15, 25, n))
+    votes = reference_votes(mnist_images, mnist_labels, (images[candidates], labels[candidates]))
     print("reference errors among the candidates, by votes:", np.bincount(votes), len(candidates))
     hard = candidates[votes >= 3]
-    hard = np.concatenate([rng.permutation(hard[uy[hard] == c])[:60] for c in range(10)])
-    put("adversarial", ux[hard], uy[hard])
+    hard = np.concatenate([rng.permutation(hard[labels[hard] == c])[:60] for c in range(10)])
+    return out | entry("adversarial", images[hard], labels[hard], rng)
 
+
+def pretrain_faces():
+    """The legible faces of the fonts to pre-train on, and their names."""
     names, masks = faces(PRETRAIN_FONTS)
     text = np.array([not n.startswith(("fonts-aenigma", "fonts-dustin")) for n in names])
     keep = np.where(text, legible(masks, text, 7), legible(masks, text, 9))
     print(
         "pre-training faces:", len(names), "kept", keep.sum(), "of them text", (keep & text).sum()
     )
-    out["pretrain_glyphs"] = masks[keep]
-    out["pretrain_font_names"] = np.array([n for n, k in zip(names, keep, strict=True) if k])
+    kept = np.array([n for n, k in zip(names, keep, strict=True) if k])
+    return {"pretrain_glyphs": masks[keep], "pretrain_font_names": kept}
 
-    names, masks = faces(EVAL_FONTS)
+
+def font_set(name, masks, n, draw, rng):
+    """n images of each digit, draw(face, digit), each in n of the faces: [F, 10, 32, 32]."""
+    labels = np.repeat(np.arange(10), n)
+    which = np.concatenate([rng.permutation(len(masks))[:n] for _ in range(10)])
+    images = [draw(masks[f], digit) for f, digit in zip(which, labels, strict=True)]
+    return entry(name, np.stack(images), labels, rng)
+
+
+def font_sets(names, masks, pictures, rng):
+    """The faces to test on as print, as pencil outlines, and as house numbers on these photos."""
     solid = (masks > 127).sum((1, 2, 3)) / (masks > 12).sum((1, 2, 3)) > 0.55
     print("evaluation faces:", len(names), "solid enough for outlines and photos:", solid.sum())
     print("not solid:", [n for n, k in zip(names, solid, strict=True) if not k])
-    out["eval_font_names"] = np.array(names)
+
+    def street(face, digit):
+        beside = face[rng.integers(0, 10, 2)]
+        return draw_street(face[digit], beside, pictures[rng.integers(len(pictures))], rng)
+
+    out = font_set("fonts", masks, 70, lambda face, digit: draw_font(face[digit], rng), rng)
+    masks = masks[solid]
+    out |= font_set("sketch", masks, 70, lambda face, digit: draw_sketch(face[digit], rng), rng)
+    return out | font_set("street", masks, 60, street, rng)
+
+
+def make():
+    """All arrays of the file. One generator serves one set after the other, in this order."""
+    rng = np.random.default_rng(SEED)
+    x, y = mnist()
+    train, val, test, _ = split(y, (300, 75, 125), rng)  # of each class, all of its 500
+    out = entry("train", x[train], y[train], rng)
+    out |= entry("val", x[val], y[val], rng)
+    out |= entry("test", x[test], y[test], rng)
+    out |= scan_set(x[test], y[test])
+    out |= uci_sets(x[train], y[train], rng)
+    out |= pretrain_faces()
+    names, masks = faces(EVAL_FONTS)
     pretrain_pictures, street_pictures = photos()
+    out["eval_font_names"] = np.array(names)
     out["pretrain_photos"] = pretrain_photos(pretrain_pictures)
-
-    def drawn(per_class, draw, allowed):
-        labels = np.repeat(np.arange(10), per_class).astype(np.uint8)
-        pick = np.flatnonzero(allowed)
-        which = np.concatenate([rng.permutation(pick)[:per_class] for _ in range(10)])
-        return np.stack([draw(masks[f, d], f) for f, d in zip(which, labels, strict=True)]), labels
-
-    put("fonts", *drawn(70, lambda m, f: draw_font(m, rng), np.ones(len(masks), bool)))
-    put("sketch", *drawn(70, lambda m, f: draw_sketch(m, rng), solid))
-
-    def street(m, f):
-        beside = masks[f, rng.integers(0, 10, 2)]
-        return draw_street(m, beside, street_pictures[rng.integers(len(street_pictures))], rng)
-
-    put("street", *drawn(60, street, solid))
-    return out
+    return out | font_sets(names, masks, street_pictures, rng)
 
 
 def main(argv=None):

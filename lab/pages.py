@@ -122,13 +122,8 @@ def figure(path):
 
 @functools.cache
 def differences():
-    """{ID: {column: cell}} of docs/differences.md, or of a list of IDs in a script's docstring."""
-    found = {}
-    for name in NAMES:
-        path = script(name)
-        for row in re.findall(r"^([A-Z]+\d*)  (.+(?:\n {4}.+)*)", docstring(path), re.M):
-            found[row[0]] = {"here": " ".join(row[1].split())}
-    columns = []
+    """{ID: {column: cell}} of docs/differences.md."""
+    found, columns = {}, []
     for line in text("docs/differences.md").splitlines():
         cells = [c.strip() for c in line.strip("|").split("|")] if line.startswith("|") else []
         if not cells or cells[0] == "ID":

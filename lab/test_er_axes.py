@@ -1,6 +1,5 @@
 """lab/er_axes.py, er_published.py and digits_testbed.py on a few digits."""
 
-import copy
 import csv
 import dataclasses
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit, logit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -153,6 +153,16 @@ def test_the_digits_have_their_tables_and_figures_by_image(tmp_path, monkeypatch
 # --- tables of the axes ---------------------------------------------------------------------------
 
 
+def test_er_at_an_accuracy_is_interpolated_in_logits_between_new_highs():
+    pairs = (0.5, 0.0), (0.8, 0.1), (0.7, 9.0), (0.95, 0.3)
+    own = [er_study.Point("x", "away", acc_id, 0.5, er, 0.0, 0.0, 0) for acc_id, er in pairs]
+    assert er_axes.at_accuracy(own, 0.8) == pytest.approx(0.1)
+    half = expit((logit(0.8) + logit(0.95)) / 2)
+    assert er_axes.at_accuracy(own, half) == pytest.approx(0.2)
+    assert np.isnan(er_axes.at_accuracy(own, 0.96)) and np.isnan(er_axes.at_accuracy(own, 0.4))
+    assert er_axes.cell([np.nan, 0.1]) == "-" and er_axes.cell([0.01]) == "+1.0"
+
+
 def test_an_extrapolated_end_has_a_star(capsys):
     own = simulated(0.1)
     own[-1] = dataclasses.replace(own[-1], extrapolated=1)
@@ -178,7 +188,7 @@ def test_differences_are_of_runs_of_one_seed_in_pairs(capsys):
 
 def test_runs_are_averaged_as_accuracies_with_the_interval_of_their_mean(capsys):
     groups = {"x": {i: simulated(0.1, n=400, seed=i) for i in range(3)}}
-    ends = [er_study.curve(own, "away")["er"][-1] for own in groups["x"].values()]
+    ends = [own[-1].er for own in groups["x"].values()]
     er_axes.print_at(groups, "away")
     assert er_study.over_runs(ends) in capsys.readouterr().out
 
@@ -253,20 +263,32 @@ def test_distillation_and_replay_add_what_they_say():
     torch.testing.assert_close(both, plain + again)
 
 
+def test_a_loss_of_ones_own_is_followed_as_plain_fine_tuning_is(world):
+    config, *others = world
+    config = dataclasses.replace(config, lr=1e-3)
+    plain = er_study.follow(config, *others, "plain", "zero-shot")
+    courses = []
+    for weight in (0.0, 10.0):
+        loss = er_axes.distilled(others[2], weight)
+        found = er_axes.with_loss(config, *others, "distillation", loss)
+        courses.append([dataclasses.replace(p, run="plain") for p in found])
+    assert courses[0] == plain and courses[1] != plain
+
+
 def test_the_ends_of_the_mixed_weights_are_the_zero_shot_and_the_fine_tuned_model(
     world, monkeypatch, capsys
 ):
     config, data, clip, zero_shot, bench = world
     monkeypatch.setattr(er_axes, "RATE", 1e-3)
-    setting = er_study.Setting("zero-shot, lr 0.001", "zero-shot", 1e-3, 0, config.epochs)
-    trained = er_study.follow(config, data, clip, zero_shot, bench, setting)
-    mixed = er_axes.mixed(config, data, clip, zero_shot, bench, 0)
+    world = dataclasses.replace(config, lr=1e-3), data, clip, zero_shot, bench
+    trained = er_study.follow(*world, "zero-shot, lr 0.001", "zero-shot")
+    mixed = er_axes.mixed(*world)
     assert len(list(Path(config.out).glob("checkpoints/zero-shot-*.pt"))) == 1  # read, not trained
-    c, plain = (er_study.curve(own, "UCI") for own in (mixed, trained))
-    assert c["step"].tolist() == list(range(11))
-    for name in ("id", "ood"):
-        assert c[name][0] == plain[name][0] and c[name][-1] == plain[name][-1]
-    er_axes.print_at(er_study.by_run(mixed + trained), "UCI")
+    c, plain = ([p for p in own if p.shift == "UCI"] for own in (mixed, trained))
+    assert [p.step for p in c] == list(range(11))
+    for i in (0, -1):
+        assert (c[i].id, c[i].ood) == (plain[i].id, plain[i].ood)
+    er_axes.print_at(er_study.by_run(mixed + trained, "UCI"), "UCI")
     text = capsys.readouterr().out
     assert "at equal ID accuracy" in text and "weights mixed" in text
 
@@ -277,7 +299,7 @@ def test_difficulty_runs_from_scores_to_a_table_and_a_figure(world, monkeypatch,
     config = dataclasses.replace(config, epochs=1)
     args = config, *others, 0
     found = er_axes.difficulty(*args)
-    groups = er_study.by_run(found)
+    groups = er_study.by_run(found, "UCI")
     assert list(groups) == (names := ["easiest 10", "random 10", "hardest 10"])
     starts = [own[0].ood for runs in groups.values() for own in runs.values()]
     assert len(set(starts)) == 1  # all start from the zero-shot model
@@ -287,7 +309,7 @@ def test_difficulty_runs_from_scores_to_a_table_and_a_figure(world, monkeypatch,
         assert er_axes.difficulty(*args) == found
     pattern = f"{config.out}/trajectories/*-10-seed-0-*.csv"
     replayed = er_axes.main(["difficulty", "--plot", pattern, "--out", config.out])
-    assert sorted(replayed) == sorted(names) and "last ER" in capsys.readouterr().out
+    assert {p.run for p in replayed} == set(names) and "last ER" in capsys.readouterr().out
     with open(Path(config.out) / "figures/er_difficulty.csv", newline="") as file:
         assert len(list(csv.reader(file))) == 1 + 2 * len(found) // 3
 
@@ -314,7 +336,8 @@ def test_methods_have_ensembles_of_each_model_with_their_ece(world, tmp_path, ca
 
     config, data, clip, zero_shot, bench = world
     words = f"--ab 1,1 --batch 16 --device cpu --out {tmp_path}".split()
-    own, model = common.parse(vrf.Config, words, ""), er_study.new_head(copy.deepcopy(zero_shot), 0)
+    own = common.parse(vrf.Config, words, "")
+    model = er_study.start_of(config, zero_shot, "new-head")
     found = er_axes.mixtures(own, data, clip, zero_shot, "E2E-FT", model, 0)
     assert list(found) == ["E2E-FT", "E2E-FT +WSE", "E2E-FT +OSE", "E2E-FT +VRF"]
     alone = common.predict(own, {"": model}, data.test, clip)[""].logits.softmax(1)
@@ -325,8 +348,8 @@ def test_methods_have_ensembles_of_each_model_with_their_ece(world, tmp_path, ca
     labels, p = {s.name: s.labels for s in (data.test, *data.shifts)}, found["E2E-FT +OSE"]
     ece = {s: common.ece(x, labels[s]) for s, x in p.items()}
     right = {s: (x.argmax(1) == labels[s]).numpy() for s, x in p.items()}
-    setting = er_study.Setting("E2E-FT +OSE", "zero-shot", 0.0, 0, 0)
-    point = er_axes.with_ece(er_study.measure(bench, setting, 0, right), ece)
+    point = er_study.measure(config, bench, "E2E-FT +OSE", "zero-shot", 0, right)
+    point = er_axes.with_ece(point, ece)
     assert [c.ece_id for c in point] == [ece["test"]] * 3
     assert [c.ece_ood for c in point] == [ece["Scan"], ece["UCI"], (ece["Scan"] + ece["UCI"]) / 2]
     er_study.write(tmp_path / "trajectories/methods-seed-0.csv", point)

@@ -281,10 +281,10 @@ def test_bit_from_a_random_start_trains_every_weight(tree, tmp_path):
 
 def test_lambda_is_chosen_on_held_out_images_and_poisoned_shifts_change_nothing(tree, tmp_path):
     words = [*TINY, "--lambdas", "1e-3,1,1e3", "--max-iter", 20]
-    rows, text = run("clip", *small(tree, tmp_path / "a"), *words)
-    assert set(rows) == {f"head-only, tiny_clip, lambda {x}" for x in ("0.001", "1", "1e+03")} | {
-        "zero-shot, tiny_clip"
-    }
+    points, text = run("clip", *small(tree, tmp_path / "a"), *words)
+    assert {p.run for p in points} == {
+        f"head-only, tiny_clip, lambda {x}" for x in ("0.001", "1", "1e+03")
+    } | {"zero-shot, tiny_clip"}
     poisoned = cifar(tmp_path / "tree")
     labels = np.load(poisoned / "cifar10.1_v6_labels.npy")
     np.save(poisoned / "cifar10.1_v6_labels.npy", (labels + 1) % 10)

@@ -56,7 +56,9 @@ def compared(config, model, **options):
     def loss_fn(batch):
         return (model(batch[0]) - 1).square().mean()
 
-    return train.compare(config, model, len(x), batch_of, loss_fn, score, **options)
+    rows = train.compare(config, model, len(x), batch_of, loss_fn, score, **options)
+    train.print_rows(rows, steps=3)
+    return rows
 
 
 def test_every_row_starts_at_the_same_weights_statistics_and_batches(capsys):

@@ -72,7 +72,7 @@ def settings(config, data, clip, zero_shot):
 
 
 def k_of(config, data, V):
-    return vrf.neighbours(len(V), len(data.train.labels), config.k_rule, config.p)
+    return vrf.neighbour_count(len(V), len(data.train.labels), config.k_rule, config.p)
 
 
 def rerun(s, sets, V):
@@ -325,7 +325,7 @@ def k_share(s):
     """Fig. 5c: k as a share of |V|; the paper's shares and 1 %."""
     rows, shares, size = [], (0.000001, 0.0001, 0.0005, 0.001, 0.01, 0.1, 0.5), len(s.V)
     for p in shares:
-        k = vrf.neighbours(size, len(s.data.train.labels), "paper", p)
+        k = vrf.neighbour_count(size, len(s.data.train.labels), "paper", p)
         outcome = vrf.run_algorithm_1(s.config, s.V, k, s.calibrated)
         rows.append([f"{100 * p:.4g}", k, *vrf_cells(s, outcome)])
     percents = [100 * p for p in shares]

@@ -1,8 +1,9 @@
 """The compiled kernels as the tests use them: one cold build a session, in a folder of its own.
 
-A fresh process builds them, in a project that has csrc/ alone, over the lock of a killed build.
-Where nvcc is found and PyTorch is a CUDA build, the CUDA kernels are built as well, for every GPU
-generation from Turing to Blackwell, warnings and register spills as errors.
+A fresh process builds them, over the lock of a killed build, in a project of another author: spd.py
+is there twice, alone and in a package beside csrc/. Where nvcc is found and PyTorch is a CUDA
+build, the CUDA kernels are built as well, for every GPU generation from Turing to Blackwell,
+warnings and register spills as errors.
 """
 
 import atexit
@@ -21,21 +22,38 @@ import torch
 
 from csrc import build
 
+FOREIGN = {  # what else that project has
+    "common.py": "raise SystemExit('the other project ran')\n",
+    "vrf.py": "",
+    "numpy.py": "raise ModuleNotFoundError('numpy')\n",
+    "csrc/main.c": "",
+}
 FIRST_RUN = """
-import functools, sys, torch
-from csrc import build
+import functools, torch
+import spd
+model = torch.nn.Linear(1200, 1000)
+optimiser = spd.AdamSPD(spd.param_groups(model), lr=1e-2)
+for _ in range(3):
+    optimiser.zero_grad(); model(torch.randn(4, 1200)).square().mean().backward()
+    optimiser.step()
+print("spd.py alone trained; kernels:", spd.compiled())
+try:
+    spd.common.run(spd.main)
+except SystemExit as sentence:
+    print(sentence)
+from own.optim import spd
+from own.optim.csrc import build
 folders = [build.build_folder(cuda) for cuda in (False, True)]
 print("imported, built nothing:", not any(folder.exists() for folder in folders))
 for folder in folders:
     folder.mkdir(parents=True)
     (folder / "lock").touch()  # with this in place, the load() of older PyTorch waits for ever
 build.build = functools.partial(build.build, verbose=True)
-kernels = build.load()
+kernels = spd.compiled()
 distance = kernels.knn_kth_distance(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), 1)
 weight, anchor, grad, m, v = ([torch.full((2,), x)] for x in (1.0, 1.0, 1.0, 0.0, 0.0))
 kernels.spd_step(weight, anchor, grad, m, v, 1, 0.5, (0.9, 0.999), 1e-8, 1.0)
 print("distance", distance.item(), "weight", weight[0].round(decimals=4).tolist())
-print("common imported:", "common" in sys.modules)
 """
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0;10.0;12.0+PTX")
 NVCC_FLAGS = "-Xcompiler=-Wall -Werror=all-warnings -Xptxas=-v,-warn-spills"
@@ -60,7 +78,12 @@ def said():
         text.seek(0)
         if not text.read():
             project = folder / "project"
-            shutil.copytree(build.CSRC, project / "csrc")
+            shutil.copytree(build.CSRC, project / "own/optim/csrc")
+            (project / "csrc").mkdir()
+            for name, content in FOREIGN.items():
+                (project / name).write_text(content)
+            for place in (project, project / "own/optim"):
+                shutil.copy(build.CSRC.parent / "spd.py", place)
             environment = {**os.environ, "PYTHONPATH": "", "NVCC_APPEND_FLAGS": NVCC_FLAGS}
             options = {"cwd": project, "env": environment, "capture_output": True, "text": True}
             done = subprocess.run([sys.executable, "-c", FIRST_RUN], timeout=900, **options)

@@ -126,9 +126,7 @@ def test_a_bad_command_ends_in_one_sentence_and_exit_code_two(
 
 
 @pytest.mark.parametrize(("given", "words"), rows(SETUPS))
-def test_a_run_says_in_its_first_lines_what_it_trains_and_what_is_odd(
-    given, words, tree, tmp_path, capsys
-):
+def test_a_run_says_first_what_it_trains_and_what_is_odd(given, words, tree, tmp_path, capsys):
     common.setup(common.Run, ["--data", str(tree), "--out", str(tmp_path), *given.split()], "", {})
     assert words in capsys.readouterr().out
 

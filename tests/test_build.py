@@ -23,10 +23,15 @@ def load(monkeypatch, capsys):
     return load_with
 
 
-def test_the_folder_csrc_alone_builds_at_first_use_over_the_lock_of_a_killed_build():
+def test_spd_py_alone_trains_beside_a_foreign_common_and_csrc_without_kernels():
+    assert "spd.py alone trained; kernels: None" in compiled.said()
+    assert "a copy of spd.py has AdamSPD alone" in compiled.said()
+
+
+def test_csrc_in_a_package_builds_at_first_use_over_the_lock_of_a_killed_build():
     compiled.kernels()
     said = compiled.said()
-    assert "imported, built nothing: True" in said and "common imported: False" in said
+    assert "imported, built nothing: True" in said
     assert "kernels: built in" in said and "k-NN by" in said
     assert "distance 5.0 weight [0.5, 0.5]" in said
 

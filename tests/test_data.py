@@ -1,4 +1,6 @@
-"""Data: small trees in the real layout of every data set, read by the code that reads those."""
+"""Data: small trees in the real layout of every data set, read by the code that reads those; the
+embedded digits.
+"""
 
 import io
 import json
@@ -17,18 +19,17 @@ TENCH, GOLDFISH, SHARK, TIGER = FOUR
 PNG = b"not decoded here"
 
 
-def put(root, folders, n=1, data=PNG, form="{}.png"):
+def put(root, folders, n=1, form="{}.png"):
     """n images in each of the folders under root."""
     for folder in folders:
-        os.makedirs(os.path.join(root, folder), exist_ok=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            with open(os.path.join(root, folder, form.format(i)), "wb") as file:
-                file.write(data)
+            (root / folder / form.format(i)).write_bytes(PNG)
 
 
-def imagenet(root, wnids=FOUR, n=4):
-    put(os.path.join(root, "train"), wnids, n)
-    put(os.path.join(root, "val"), wnids)
+def imagenet(root, wnids=FOUR):
+    put(root / "train", wnids, 4)
+    put(root / "val", wnids)
     return str(root)
 
 
@@ -161,23 +162,17 @@ def test_the_table_has_a_row_per_set_and_names_what_is_missing(tmp_path):
         assert f"MISSING, so not evaluated: {name}" in table
 
 
-def test_what_does_not_belong_to_imagenet_or_is_not_there_is_named(tmp_path):
-    put(tmp_path / "imagenet-r", ["cartoon"])
-    fails_with(imagenet(tmp_path), "imagenet-r holds cartoon. Expected folders like n0144")
+def test_a_mapping_of_objectnet_that_is_damaged_or_of_other_files_is_named(tmp_path):
     objectnet(tmp_path / "objectnet-1.0")
-    put(tmp_path / "imagenet-r", [TENCH])
+    imagenet(tmp_path)
     mapping = tmp_path / "objectnet-1.0/mappings/objectnet_to_imagenet_1k.json"
-    for content, words in (
-        ('{"Bowl"', f"{mapping} cannot be read"),
-        ('{"Bowl": "x"}', "mappings/"),
-    ):
-        mapping.write_text(content)
-        fails_with(tmp_path, words, "again" if words == "mappings/" else "JSON")
-    put(tmp_path / "train", ["n99999999"])
-    fails_with(tmp_path, "n99999999 is none of ImageNet's classes")
+    mapping.write_text('{"Bowl"')
+    fails_with(tmp_path, f"{mapping} cannot be read", "JSON")
+    mapping.write_text('{"Bowl": "x"}')
+    fails_with(tmp_path, "mappings/", "again")
 
 
-def test_on_all_1000_classes_counts_are_checked_and_a_and_r_have_the_papers_classes(tmp_path):
+def test_all_1000_classes_have_counts_and_a_and_r_the_papers_classes(tmp_path, monkeypatch):
     from importlib.resources import files
 
     lists = files("timm.data._info")
@@ -187,26 +182,26 @@ def test_on_all_1000_classes_counts_are_checked_and_a_and_r_have_the_papers_clas
         wnids = lists.joinpath(f"imagenet_{name}_synsets.txt").read_text().split()
         put(tmp_path / f"imagenet-{name}", wnids)
     objectnet(tmp_path / "objectnet-1.0")
-    put(tmp_path / "objectnet-1.0" / "images", ["aquarium"], 18_514 - 3, b"")  # and 2 big fish
     data = common.open_data(str(tmp_path), selection="code")
     a, r, _ = data.shifts
     first = [6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70]
     assert len(a.groups) == 200 and [g[0] for g in a.groups[:16]] == first
     first = [1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63]
     assert len(r.groups) == 200 and [g[0] for g in r.groups[:16]] == first
-    assert a.labels.tolist() == list(range(200)) and (a.expected, r.expected) == (7_500, 30_000)
+    assert a.labels.tolist() == list(range(200))
+    assert [s.expected for s in data.shifts] == [7_500, 30_000, 18_574]
     table = common.describe(data)
     assert "WARNING: test has 1,000 images where 50,000 are expected (49,000 missing)" in table
     assert "val is the test set" in table and "WARNING: ObjectNet" in table
-    put(tmp_path / "objectnet-1.0" / "images", ["fish_big"], 3)
+    assert trees.OBJECTNET_COUNTS == (18_574, 18_514)  # both are in print, and either passes
+    monkeypatch.setattr(trees, "OBJECTNET_COUNTS", (18_574, 4))
     data = common.open_data(str(tmp_path), selection="code")
     assert "WARNING: ObjectNet" not in common.describe(data)
 
 
-def test_a_flat_val_is_named_and_sorted_folders_beside_it_are_preferred(tmp_path):
+def test_sorted_folders_beside_a_flat_val_are_preferred(tmp_path):
     put(tmp_path / "train", FOUR, 2)
-    put(tmp_path, ["val"], 8, form="ILSVRC2012_val_{:08d}.JPEG")
-    fails_with(tmp_path, "val has no folder of a training class; it holds ILSVRC2012", "valprep")
+    put(tmp_path, ["val"], 8)
     put(tmp_path / "val_in_folder", FOUR)
     assert common.open_data(str(tmp_path)).test.path == str(tmp_path / "val_in_folder")
 
@@ -338,14 +333,14 @@ def hierarchy(root):
 def test_entity30_draws_what_the_reference_package_draws_from_an_imagenet_tree(tmp_path):
     """The ids below were printed by robustness 1.2.1 on this hierarchy."""
     groups, index = hierarchy(tmp_path), trees.imagenet_wnids().index
-    imagenet(tmp_path / "imagenet", [w for g in groups.values() for w in g], 2)
+    imagenet(tmp_path / "imagenet", [w for g in groups.values() for w in g])
     data = common.open_data(f"entity30:{tmp_path / 'imagenet'}", selection="code")
     assert data.kind == "entity30" and data.classes == ["big fish", "little bird"]
     (shift,) = data.shifts
     assert [index(w) for w in folders_of(data.test)] == [4, 1, 6, 2, 108, 104, 106, 100]
     assert [index(w) for w in folders_of(shift)] == [3, 0, 5, 7, 109, 105, 103, 107]
     assert data.test.labels.tolist() == shift.labels.tolist() == [0] * 4 + [1] * 4
-    assert data.train.labels.tolist() == [0] * 8 + [1] * 8
+    assert data.train.labels.tolist() == [0] * 16 + [1] * 16
     assert set(folders_of(data.test)) == set(folders_of(data.train))
 
 
@@ -441,6 +436,7 @@ def test_a_validation_set_is_one_under_each_of_its_names_and_never_a_shift(name,
 
 
 TWO = "train/cat*2 train/dog*2 val/cat val/dog "
+IMAGENET = f"train/{TENCH}*2 val/{TENCH} "
 
 
 @pytest.mark.parametrize(
@@ -506,10 +502,15 @@ def test_class_names_are_folder_names_with_spaces_or_come_from_a_file(tmp_path):
         ("val/cat", {"train/n01440764.tar": ""}, "unpack each archive into one of its name"),
         ("train.X1/cat train.X2/dog val.X/cat", {}, "join the parts of a set (train.X1"),
         ("", {"cifar-10-python.tar.gz": ""}, "it holds cifar-10-python.tar.gz. Expected ImageNet"),
+        (f"train/{TENCH}", {"val/ILSVRC2012_1.JPEG": ""}, "it holds ILSVRC2012_1.JPEG"),
+        (f"train/{TENCH}", {"val/ILSVRC2012_1.JPEG": ""}, "valprep"),
+        (IMAGENET + "imagenet-r/cartoon", {}, "imagenet-r holds cartoon. Expected folders like n0"),
+        (IMAGENET + "train/n99999999", {}, "n99999999 is none of ImageNet's classes"),
+        ("train/a val/a", {}, "one image per class"),
     ],
 )
 def test_a_tree_that_cannot_be_used_is_refused_with_the_cure(folders, files, words, tmp_path):
-    fails_with(plant(tmp_path, folders, files), words)
+    fails_with(plant(tmp_path, folders, files), words, val_fraction=0.1)
 
 
 def test_hidden_and_other_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
@@ -567,5 +568,36 @@ def test_a_held_out_part_does_not_look_like_missing_images(tmp_path):
     assert len(val.images) == 1_000 and rest.expected == len(rest.images) == 49_000
 
 
-def test_one_image_per_class_cannot_be_held_out(tmp_path):
-    fails_with(imagenet(tmp_path, n=1), "one image per class", val_fraction=0.1)
+# the embedded digits
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    with np.load(common.EMBEDDED / "digits.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_no_image_is_in_two_sets(arrays):
+    names = [name for name in arrays if name.endswith("/images")]
+    rows = {name: {image.tobytes() for image in arrays[name]} for name in names}
+    assert len(names) >= 10
+    for i, first in enumerate(names):
+        assert len(rows[first]) == len(arrays[first]), f"{first} repeats an image"
+        for second in names[i + 1 :]:
+            assert not rows[first] & rows[second], f"{first} and {second} share an image"
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "val", "test", "scan", "uci", "fonts", "street", "sketch"]
+)
+def test_classes_are_balanced(name, arrays):
+    counts = np.bincount(arrays[f"{name}/labels"], minlength=10)
+    assert (counts == counts[0]).all() and len(counts) == 10
+
+
+def test_the_embedded_files_stay_small():
+    assert sum(file.stat().st_size for file in common.EMBEDDED.glob("*.np*")) < 7_000_000
+
+
+def test_pretraining_fonts_and_evaluation_fonts_are_different_files(arrays):
+    assert not set(arrays["pretrain_font_names"]) & set(arrays["eval_font_names"])

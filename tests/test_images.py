@@ -56,9 +56,8 @@ def test_skipped_images_are_named_on_every_run_and_decoded_once(tmp_path, monkey
         tried.clear()
         assert left() == [0, 2, 3]
         assert tried == ([1, 1] if again else [4, 1, 4, 1])
-        assert f"train: 1 of 4 images are unreadable and were left out: {files[1]}" in (
-            capsys.readouterr().out
-        )
+        named = f"train: 1 of 4 images are unreadable and were left out: {files[1]}"
+        assert named in capsys.readouterr().out
     with pytest.raises(common.InputError, match="no image of this class can be read; restore"):
         left([0, 1, 0, 0])
     capsys.readouterr()
@@ -97,9 +96,8 @@ def test_eval_transform_is_the_one_of_open_clip_and_keeps_pixels_of_the_right_si
     theirs = image_transform(40, is_train=False, mean=mean, std=std)(image)
     assert torch.equal(common.eval_transform(40, mean, std)(image), theirs)
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    assert torch.equal(
-        PLAIN(Image.fromarray(noise)), torch.from_numpy(noise).permute(2, 0, 1) / 255
-    )
+    pixels = torch.from_numpy(noise).permute(2, 0, 1) / 255
+    assert torch.equal(PLAIN(Image.fromarray(noise)), pixels)
 
 
 def test_train_transform_crops_little_and_never_mirrors():
@@ -126,14 +124,14 @@ def test_a_random_crop_depends_on_the_seed_of_its_item_only(tmp_path):
 
 def test_batches_are_what_the_transform_gives_with_any_number_of_workers(tmp_path):
     files = [photo(tmp_path, f"{i}.png") for i in range(3)]
-    split, order = split_of(*files), [[(0, 3), (1, 4)], [(2, 5)]]
+    split, order = split_of(*files, labels=[5, 3, 7]), [[(0, 3), (1, 4)], [(2, 5)]]
     alone = loaded(split, order, workers=0)
     assert torch.equal(torch.cat([b[0] for b in alone])[0], PLAIN(Image.open(files[0])))
     crops = common.train_transform(16, (0.5,) * 3, (0.5,) * 3)
-    for one, two in zip(
-        loaded(split, order, crops, workers=0), loaded(split, order, crops, workers=2), strict=True
-    ):
-        assert torch.equal(one[0], two[0]) and one[2].tolist() == two[2].tolist()
+    found = (loaded(split, order, crops, workers=workers) for workers in (0, 2))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert torch.cat([labels for _, labels in alone]).tolist() == [5, 3, 7]
 
 
 def test_workers_are_started_where_a_gpu_waits_for_files_and_as_the_system_can(monkeypatch):
@@ -154,5 +152,5 @@ def test_arrays_are_read_like_files_and_the_border_of_objectnet_is_cut_off_first
     grey = np.zeros((1, 12, 10), np.uint8)
     grey[0, 2:-2, 2:-2] = np.arange(48).reshape(8, 6)
     split = common.Split("o", "", grey, torch.tensor([3]), border=2)
-    image, label, index = common.Images(split, np.asarray)[0, 0]
-    assert np.array_equal(image[:, :, 1], grey[0, 2:-2, 2:-2]) and (label, index) == (3, 0)
+    image, label = common.Images(split, np.asarray)[0, 0]
+    assert np.array_equal(image[:, :, 1], grey[0, 2:-2, 2:-2]) and label == 3

@@ -25,12 +25,6 @@ def work(argv, run):
     short_training(out, epochs=int(argv[1]))
 
 
-def start(out, epochs):
-    """The script, in a process group of its own."""
-    words = [sys.executable, __file__, str(out), str(epochs)]
-    return subprocess.Popen(words, text=True, stderr=subprocess.PIPE, start_new_session=True)
-
-
 def kill_workers(pid, number):
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
     for worker in found.split():
@@ -60,7 +54,8 @@ def test_the_error_of_a_later_run_ends_the_earlier_ones_at_once():
     ],
 )
 def test_one_signal_stops_all_processes_and_starts_no_other_run(number, whom, code, tmp_path):
-    job, end = start(tmp_path, 10**5), time.monotonic() + 180
+    words, end = [sys.executable, __file__, str(tmp_path), "100000"], time.monotonic() + 180
+    job = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, start_new_session=True)
     while len(list(tmp_path.glob("*/checkpoints/*.pt"))) < 2:
         assert job.poll() is None and time.monotonic() < end
         time.sleep(0.05)

@@ -41,12 +41,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def clip_like(rows, width, seed=0, sort=True):
+def clip_like(rows, width, seed=0):
     """[rows, width], unit length: a common direction and 50 class centres, sorted by class."""
     common_part, centres = normal(width, seed=99), normal(50, width, seed=98)
     label = torch.arange(rows) * 50 // max(rows, 1)
-    if not sort:
-        label = (label * 7919) % 50
     features = common_part + 0.6 * centres[label] + 0.6 * normal(rows, width, seed=seed)
     return torch.nn.functional.normalize(features, dim=1)
 
@@ -181,12 +179,6 @@ def test_a_misleading_sample_whose_rows_lie_within_each_others_error(any_knn):
     assert_exact(any_knn, queries, reference, *range(500, 1024, 7))
 
 
-def test_classes_in_order_and_in_turns(knn):
-    queries, reference = clip_like(20, 96, seed=1), clip_like(6000, 96)
-    assert_exact(knn, queries, reference, 1, 60, 600)
-    assert_exact(knn, queries, reference[torch.arange(6000).view(10, 600).T.reshape(-1)], 1, 600)
-
-
 def test_same_bits_for_any_number_of_threads_and_any_instruction_set(any_knn, monkeypatch):
     queries, reference = clip_like(70, 300, seed=1), clip_like(9000, 300)  # worth 5 threads
     results, threads = [], torch.get_num_threads()
@@ -198,14 +190,20 @@ def test_same_bits_for_any_number_of_threads_and_any_instruction_set(any_knn, mo
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_cpu_without_avx2_is_left_to_pytorch():
-    class Module:  # what the extension says there
-        knn_kth_distance_levels = staticmethod(lambda: "")
+def extension(levels):
+    """What ops.Kernels asks of the compiled module."""
+    return SimpleNamespace(knn_kth_distance_levels=lambda: levels)
 
-    found = ops.Kernels(Module), ops.Kernels(Module, cuda=True)
+
+def test_a_cpu_without_avx2_is_left_to_pytorch():
+    found = ops.Kernels(extension(levels="")), ops.Kernels(extension(levels=""), cuda=True)
     assert [x.knn_devices for x in found] == [(), ("cuda",)] and found[1].devices[0] == "cpu"
     with pytest.raises(ValueError, match="queries must be on a GPU: no AVX2 here, got .* on cpu"):
         found[0].knn_kth_distance(ONES, ONES, 1)
+
+
+def test_a_level_that_nobody_has_timed_is_not_taken_by_itself():
+    assert ops.Kernels(extension(levels="avx512bf16 avx512 avx2 ")).level == "avx512"
 
 
 def test_the_order_of_the_reference_does_not_change_a_bit(any_knn):
@@ -291,8 +289,3 @@ def test_wrong_arguments_are_refused_by_name(any_knn, queries, reference, k, wor
     with pytest.raises(ValueError) as problem:
         any_knn(queries, reference, k)
     assert words in str(problem.value) and "knn_kth_distance" in str(problem.value)
-
-
-def test_a_level_that_nobody_has_timed_is_not_taken_by_itself():
-    module = SimpleNamespace(knn_kth_distance_levels=lambda: "avx512bf16 avx512 avx2 ")
-    assert ops.Kernels(module).level == "avx512"

@@ -5,11 +5,7 @@ The compiled kernel of spd_step is compared with spd.spd_step in test_spd_step.p
 
 import copy
 import io
-import os
 import random
-import shutil
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -182,18 +178,31 @@ def test_on_a_smooth_loss_spd_is_adam_and_on_noise_it_holds_the_weights(smooth, 
     ("options", "of_spd"),
     [
         ({}, {"spd_lambda": 0.0}),
-        ({"weight_decay": 0.1}, {"spd_lambda": 0.0}),
         ({"betas": (0.5, 0.9), "eps": 1e-3}, {"spd_lambda": 0.0}),
         ({}, {"spd_lambda": 5.0, "anchor": "none"}),
     ],
     ids=str,
 )
-def test_without_projection_it_is_torchs_adamw_bit_for_bit(options, of_spd):
-    options = {"lr": 1e-3, "weight_decay": 0.0} | options
+def test_without_projection_it_is_torchs_adam_bit_for_bit(options, of_spd):
+    options = {"lr": 1e-3} | options
     ours, theirs = network(), network()
     mine = spd.AdamSPD(ours.parameters(), **options, **of_spd)
+    adam = torch.optim.Adam(theirs.parameters(), foreach=False, **options)
+    assert equal(train(ours, mine, 50), train(theirs, adam, 50))
+
+
+def test_weight_decay_is_adamws_and_leaves_the_condition_to_the_undecayed_weights(way):
+    options, ours, theirs = {"lr": 1e-3, "weight_decay": 0.1}, network(), network()
+    mine = spd.AdamSPD(ours.parameters(), spd_lambda=0.0, **options, **way)
     adamw = torch.optim.AdamW(theirs.parameters(), foreach=False, **options)
-    assert equal(train(ours, mine, 50), train(theirs, adamw, 50))
+    for a, b in zip(train(ours, mine, 50), train(theirs, adamw, 50), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    weights = nn.Parameter(torch.ones(2))  # by hand: no deviation, so nothing fires in step 1
+    optimiser = spd.AdamSPD([weights], lr=1e-3, weight_decay=0.01, spd_lambda=1.0, **way)
+    weights.grad = torch.full((2,), -1.0)
+    optimiser.step()
+    torch.testing.assert_close(weights.data, torch.full((2,), 1 + 1e-3 - 1e-5))
+    assert optimiser.report()["fired"] == 0
 
 
 @pytest.mark.parametrize(
@@ -254,6 +263,8 @@ def test_strengths_and_anchors_go_by_name_and_a_wrapped_model_is_shown():
         ({"betas": (0.9, 1.0)}, "betas must be 0 or more and below 1"),
         ({"anchr": "none"}, "no option 'anchr'; the options are .*anchor"),
         ({"lambda": 2.0}, "no option 'lambda'; the options are .*spd_lambda"),
+        ({"pre": [torch.zeros(2)]}, "no option 'pre'"),  # the authors' name of the anchors
+        ({"maximize": True}, "no option 'maximize'"),
     ],
 )
 def test_a_group_that_cannot_be_meant_is_refused_and_not_added(options, words):
@@ -261,7 +272,8 @@ def test_a_group_that_cannot_be_meant_is_refused_and_not_added(options, words):
     with pytest.raises(ValueError, match=words):
         optimiser.add_param_group({"params": network(1).parameters(), **options})
     assert len(optimiser.param_groups) == 1
-    optimiser.add_param_group({"params": network(1).parameters(), "lr_scale": 0.5})  # timm's
+    hosts = {"lr_scale": 0.5, "amsgrad": False}  # timm's; Adam's default
+    optimiser.add_param_group({"params": network(1).parameters(), **hosts})
 
 
 def test_a_transposed_weight_goes_apart_and_does_not_keep_the_others_from_the_kernel():
@@ -284,14 +296,51 @@ def test_a_kernel_that_cannot_be_had_is_refused(dtype, monkeypatch):
     monkeypatch.setattr(spd, "compiled", lambda: built)
     param = nn.Parameter(torch.ones(3, dtype=dtype))
     param.grad = torch.ones_like(param)
-    with pytest.raises(ValueError, match="fused=True needs csrc/, a compiler and .* fp32"):
+    with pytest.raises(ValueError, match="fused=True needs csrc/, a compiler, contiguous fp32"):
         spd.AdamSPD([param], fused=True).step()
 
 
+def test_l2_sp_has_new_layers_and_zero_anchors_too():
+    head, zero = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [head], "anchor": "none"}, {"params": [zero], "anchor": "zero"}]
+    optimiser = spd.AdamL2SP(groups, lr=0.1, spd_lambda=1.0)
+    head.grad, zero.grad = torch.ones(3), torch.ones(3)
+    optimiser.step()  # Adam: 1 - 0.1; then a tenth of the way to 0
+    torch.testing.assert_close(head.data, torch.full((3,), 0.9))
+    torch.testing.assert_close(zero.data, torch.full((3,), 0.81))
+
+
+def test_an_anchor_that_is_changed_to_the_origin_is_the_origin():
+    ends = []
+    for late in (False, True):
+        param = nn.Parameter(torch.ones(3))
+        optimiser = spd.AdamSPD([param], lr=0.1, anchor="pretrained" if late else "zero")
+        optimiser.param_groups[0]["anchor"] = "zero"
+        for sign in (-1.0, 1.0, 1.0):
+            param.grad = torch.full((3,), sign)
+            optimiser.step()
+        ends.append(param.data)
+    assert torch.equal(*ends)
+
+
+def test_nothing_is_projected_and_counted_as_such_with_strength_0(way):
+    model = network()
+    optimiser = spd.AdamSPD(model.parameters(), lr=1e-2, spd_lambda=0.0, **way)
+    train(model, optimiser, 20)
+    assert optimiser.report() == {"fired": 0.0, "mean_r": 0.0, "decay": 0.0}
+
+
+def test_sparse_gradients_are_refused():
+    table = nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse gradients are not supported"):
+        spd.AdamSPD(table.parameters()).step()
+
+
 def test_strengths_like_weight_decays_warn_and_usual_values_do_not():
-    with pytest.warns(UserWarning, match="spd_lambda, here 0.1: .* does next to nothing"):
+    with pytest.warns(UserWarning, match="spd_lambda, is 0.1; .* does next to nothing"):
         spd.AdamSPD(network().parameters(), spd_lambda=0.1)
-    with pytest.warns(UserWarning, match="weight_decay, here 1.0, pulls to 0"):
+    with pytest.warns(UserWarning, match="weight_decay is 1.0; it pulls to 0"):
         spd.AdamSPD(network().parameters(), weight_decay=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -412,34 +461,6 @@ def test_state_follows_a_model_to_another_type():
     F.cross_entropy(model(noisy(0)[0].double()), noisy(0)[1]).backward()
     optimiser.step()
     assert {s["anchor"].dtype for s in optimiser.state.values()} == {torch.float64}
-
-
-# lifted out
-
-
-OTHER_PROJECT = """
-import torch; from spd import AdamSPD, param_groups
-model = torch.nn.Linear(1200, 1000)
-optimiser = AdamSPD(param_groups(model), lr=1e-2, spd_lambda=1.0)
-for _ in range(3):
-    optimiser.zero_grad(); model(torch.randn(4, 1200)).square().mean().backward()
-    optimiser.step()
-print("trained")
-from own.optim import spd; print(spd.compiled())
-"""
-
-
-def test_the_file_alone_trains_beside_a_foreign_common_and_takes_the_csrc_of_its_package(tmp_path):
-    (tmp_path / "common.py").write_text("raise SystemExit('the other project ran')\n")
-    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('numpy')\n")
-    (tmp_path / "csrc").mkdir()  # somebody else's
-    shutil.copy(common.HERE / "spd.py", tmp_path)
-    shutil.copytree(common.HERE / "csrc", tmp_path / "own" / "optim" / "csrc")
-    shutil.copy(common.HERE / "spd.py", tmp_path / "own" / "optim")
-    options = {"cwd": tmp_path, "env": {**os.environ, "KERNELS": "off"}, "text": True}
-    run = subprocess.run([sys.executable, "-c", OTHER_PROJECT], capture_output=True, **options)
-    off = "kernels: switched off by KERNELS=off, using PyTorch\nNone\n"
-    assert run.stdout == "trained\n" + off, run.stderr
 
 
 # the script

@@ -68,6 +68,7 @@ def assert_equals_the_reference(
     [
         (dict(), dict(signs="+++-")),
         (dict(), dict(signs="+-", spd_lambda=2.0)),
+        (dict(), dict(signs="+-", spd_lambda=0.0)),  # Adam: spd.spd_step is torch's bit for bit
         (dict(anchored=False), dict(signs="+-")),
         (dict(shift=3, anchored=False), dict()),
         (dict(), dict(eps=0.0)),  # 0 / 0 in what fills a tail up would stop the projection
@@ -86,20 +87,6 @@ def test_a_tensor_of_many_chunks_is_projected_whole():
     lists[2] = [lists[1][0] - lists[0][0]]  # two steps outwards, then one back
     projected = assert_equals_the_reference(lists, steps=3, signs="+++-", lr=1e-3)
     assert projected.flatten().tolist() == [False, False, True]
-
-
-def test_without_strength_it_is_torch_adam():
-    lists = tensors_of(RAGGED)
-    params = [p.clone().requires_grad_() for p in lists[0]]
-    adam = torch.optim.Adam(params, lr=1e-2, foreach=False)
-    for step in range(1, 26):
-        for p, g in zip(params, lists[2], strict=True):
-            p.grad = g.clone()
-        adam.step()
-        kernels().spd_step(*lists, **step_options(step, spd_lambda=0.0))
-    for a, b in zip(lists[0], params, strict=True):
-        # 2 ulp of the size the values pass through; the step itself is what is compared
-        assert torch.allclose(a, b, rtol=4e-7, atol=4e-7)
 
 
 def test_the_three_sums_are_those_of_fp64_up_to_the_rounding_of_their_terms():
@@ -191,14 +178,8 @@ def test_pytorch_knows_the_op():
         (dict(grads=[torch.ones(4, 3, device="meta")]), "on meta"),
         (dict(params=[torch.ones(4, 3).half()]), "float32 (4, 3) on cpu, got torch.float16 (4, 3)"),
         (dict(step=0), "step must be 1 or more, got 0"),
-        (
-            dict(sums=torch.zeros(1, 3)),
-            "sums must be a contiguous tensor, torch.float64 (1, 3) on cpu, got",
-        ),
-        (
-            dict(conditions=torch.zeros(2).double()),
-            "conditions must be a contiguous tensor, torch.float64 (1,)",
-        ),
+        (dict(sums=torch.zeros(1, 3)), "sums must be a contiguous tensor, torch.float64 (1, 3) on"),
+        (dict(conditions=torch.zeros(2).double()), "tensor, torch.float64 (1,)"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -89,6 +89,47 @@ def load_model(config, items):
     return tokenizer, model
 
 
+def encode(tokenizer, items, length):
+    """Each item's prompt as token ids, the last `length` of them."""
+    return [tokenizer(prompt_of(item)).input_ids[-length:] for item in items]
+
+
+def training_batch(tokenizer, items, length):
+    """Prompts and outputs: ids, mask and labels, [B, longest]; where a label is -100 is no loss."""
+    prompts = encode(tokenizer, items, length)
+    outputs = [tokenizer(item["output"], add_special_tokens=False) for item in items]
+    outputs = [out.input_ids + [tokenizer.eos_token_id] for out in outputs]
+    both = [p + o for p, o in zip(prompts, outputs, strict=True)]
+    labels = [[-100] * len(p) + o for p, o in zip(prompts, outputs, strict=True)]
+    known = pad([[1] * len(ids) for ids in both], 0)
+    return pad(both, tokenizer.pad_token_id), known, pad(labels, -100)
+
+
+def respond(model, tokenizer, items, length):
+    """The text with which the model goes on after each prompt, 32 tokens at most."""
+    rows, end = encode(tokenizer, items, length), tokenizer.pad_token_id
+    ids = pad(rows, end, left=True).to(model.device)
+    known = pad([[1] * len(row) for row in rows], 0, left=True).to(model.device)
+    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": end}
+    out = model.generate(input_ids=ids, attention_mask=known, **options)
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def evaluate(model, tokenizer, tests, config):
+    """{set: percent of right answers}, and the average of the sets."""
+    columns = {}
+    for name, test in tests.items():
+        right = 0
+        for i in range(0, len(test), config.batch):
+            part = test[i : i + config.batch]
+            texts = respond(model, tokenizer, part, config.length)
+            pairs = zip(texts, part, strict=True)
+            right += sum(answer_of(text, name) == item["answer"] for text, item in pairs)
+        columns[name] = 100 * right / len(test)
+    return columns | {"average": sum(columns.values()) / len(columns)}
+
+
 def main(argv=None):
     config = common.parse(Config, argv, __doc__)
     train.need("transformers", "peft")
@@ -102,42 +143,18 @@ def main(argv=None):
     tokenizer, model = load_model(config, items)
     model = train.adapted(config, model, 2 * config.rank, LAYERS)
 
-    def prompt_ids(item):
-        return tokenizer(prompt_of(item)).input_ids[-config.length :]
-
     def batch_of(rows):
-        prompts = [prompt_ids(items[i]) for i, _ in rows]
-        outputs = [tokenizer(items[i]["output"], add_special_tokens=False) for i, _ in rows]
-        outputs = [out.input_ids + [tokenizer.eos_token_id] for out in outputs]
-        both = [p + o for p, o in zip(prompts, outputs, strict=True)]
-        labels = [[-100] * len(p) + o for p, o in zip(prompts, outputs, strict=True)]
-        known = pad([[1] * len(ids) for ids in both], 0)
-        return pad(both, tokenizer.pad_token_id), known, pad(labels, -100)
+        return training_batch(tokenizer, [items[i] for i, _ in rows], config.length)
 
     def loss_fn(batch):
         return model(input_ids=batch[0], attention_mask=batch[1], labels=batch[2]).loss
 
-    @torch.inference_mode()
     def score(model):
-        columns = {}
-        for name, test in tests.items():
-            right = 0
-            for i in range(0, len(test), config.batch):
-                part = test[i : i + config.batch]
-                rows = [prompt_ids(item) for item in part]
-                known = pad([[1] * len(ids) for ids in rows], 0, left=True).to(model.device)
-                ids = pad(rows, tokenizer.pad_token_id, left=True).to(model.device)
-                options = {"max_new_tokens": 32, "do_sample": False}
-                options["pad_token_id"] = tokenizer.pad_token_id
-                out = model.generate(input_ids=ids, attention_mask=known, **options)
-                texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-                given = zip(texts, part, strict=True)
-                right += sum(answer_of(text, name) == item["answer"] for text, item in given)
-            columns[name] = 100 * right / len(test)
-        return columns | {"average": sum(columns.values()) / len(columns)}
+        return evaluate(model, tokenizer, tests, config)
 
-    options = {"anchor": "zero", "about": ("average",)}
-    return train.compare(config, model, len(items), batch_of, loss_fn, score, **options)
+    rows = train.compare(config, model, len(items), batch_of, loss_fn, score, anchor="zero")
+    train.print_rows(rows, common.steps_of(config, len(items)), about=("average",))
+    return rows
 
 
 if __name__ == "__main__":

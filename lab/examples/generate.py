@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from functools import partial
 
 import numpy as np
 import torch
@@ -152,66 +153,71 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}
 COLOURS |= {"yellow": (230, 210, 40), "white": (240, 240, 240)}
 
 
+QUESTIONS = {  # each, and the same rephrased
+    "colour": ("what color is the digit ?", "which color has the number ?"),
+    "digit": ("what digit is this ?", "which number is in the picture ?"),
+    "red": ("is the digit red ?", "does the number look red ?"),
+}
+
+
+def ask(rng, images, labels, path, rephrased=False):
+    """Save a coloured digit at `path`.  -> a question and ten answers, of which nine are right."""
+    i, colour = rng.randrange(len(labels)), rng.choice(list(COLOURS))
+    pixels = (np.array(COLOURS[colour]) * (images[i] / 255)[..., None]).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    red = "yes" if colour == "red" else "no"
+    true = {"colour": colour, "digit": str(labels[i]), "red": red}
+    kind = rng.choice(list(QUESTIONS))
+    people = [true[kind]] * 9 + [rng.choice(("yes", "no", "maybe"))]
+    return QUESTIONS[kind][rephrased], rng.sample(people, 10)
+
+
+def as_dicts(people):
+    """Answers as VQAv2 and VizWiz write them."""
+    return [{"answer": a, "answer_confidence": "yes", "answer_id": i}
+            for i, a in enumerate(people, 1)]  # fmt: skip
+
+
+def two_files(folder, year, count, asked, names):
+    """Images of train2014 or val2014, and VQAv2's two files, `names`: questions and annotations.
+
+    asked(path) -> a question on the image that it saves there, and the answers.
+    """
+    first = 1 if year == "train2014" else 500_001  # no id is in two years, as in COCO
+    questions, annotations = [], []
+    for i in range(first, first + count):
+        text, people = asked(folder / year / f"COCO_{year}_{i:012d}.jpg")
+        questions.append({"image_id": i, "question": text, "question_id": 10 * i})
+        annotations.append({"image_id": i, "question_id": 10 * i, "answers": as_dicts(people)})
+    (folder / names[0]).write_text(json.dumps({"questions": questions}))
+    (folder / names[1]).write_text(json.dumps({"annotations": annotations}))
+
+
 def vqa_items(root, n, seed):
     """Coloured digits: n questions in VQAv2's train files, n / 10 in val and in three OOD sets, one
     in the files of VQA-Rephrasings, one of TextVQA, one of VizWiz.  -> (VQAv2's folder, OOD's)
     """
     rng, arrays = random.Random(seed), np.load(common.EMBEDDED / "digits.npz")
-    forms = {"colour": ("what color is the digit ?", "which color has the number ?"),
-             "digit": ("what digit is this ?", "which number is in the picture ?"),
-             "red": ("is the digit red ?", "does the number look red ?")}  # fmt: skip
-
-    def draw(source, folder, name):
-        """One image and what is true of it."""
-        i, colour = rng.randrange(len(arrays[f"{source}/labels"])), rng.choice(list(COLOURS))
-        ink = arrays[f"{source}/images"][i] / 255
-        ink = ink if ink.ndim == 2 else ink.mean(-1)
-        pixels = (np.array(COLOURS[colour]) * ink[..., None]).astype(np.uint8)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / name)
-        digit = int(arrays[f"{source}/labels"][i])
-        return {"colour": colour, "digit": str(digit), "red": "yes" if colour == "red" else "no"}
-
-    def question(true, rephrased):
-        """Text and ten answers; one of ten people says something else."""
-        kind = rng.choice(list(forms))
-        people = [true[kind]] * 9 + [rng.choice(("yes", "no", "maybe"))]
-        return forms[kind][rephrased], rng.sample(people, 10)
-
-    def as_dicts(people):
-        return [{"answer": a, "answer_confidence": "yes", "answer_id": i}
-                for i, a in enumerate(people, 1)]  # fmt: skip
-
-    def vqa_files(folder, part, count, names, rephrased=False):
-        questions, annotations = [], []
-        source, year, first = "train", "train2014", 1
-        if part != year:
-            source, year, first = "test", "val2014", 500_001  # no id is in two years, as in COCO
-        for i in range(first, first + count):
-            true = draw(source, folder / year, f"COCO_{year}_{i:012d}.jpg")
-            text, people = question(true, rephrased)
-            questions.append({"image_id": i, "question": text, "question_id": 10 * i})
-            annotations.append({"image_id": i, "question_id": 10 * i, "answers": as_dicts(people)})
-        kept = {"questions": questions}, {"annotations": annotations}
-        for name, content in zip(names, kept, strict=True):
-            (folder / name).write_text(json.dumps(content))
-
+    train, test, fonts, sketch = (
+        partial(ask, rng, arrays[f"{name}/images"], arrays[f"{name}/labels"])
+        for name in ("train", "test", "fonts", "sketch")
+    )
     folder, ood, few = root / "VQAv2", root / "OOD", max(2, n // 10)
-    for part, count in (("train2014", n), ("val2014", few)):
-        names = (f"v2_OpenEnded_mscoco_{part}_questions.json", f"v2_mscoco_{part}_annotations.json")
-        vqa_files(folder, part, count, names)
-    names = (f"v2_OpenEnded_mscoco_valrep2014_humans_og_{kind}.json"
-             for kind in ("questions", "annotations"))  # fmt: skip
-    vqa_files(ood / "VQA-Rephrasings", "val2014", few, names, rephrased=True)
-    records = {"TextVQA": [], "VizWiz": []}
+    for year, count, asked in (("train2014", n, train), ("val2014", few, test)):
+        questions = f"v2_OpenEnded_mscoco_{year}_questions.json"
+        two_files(folder, year, count, asked, (questions, f"v2_mscoco_{year}_annotations.json"))
+    form = "v2_OpenEnded_mscoco_valrep2014_humans_og_{}.json"
+    names = form.format("questions"), form.format("annotations")
+    two_files(ood / "VQA-Rephrasings", "val2014", few, partial(test, rephrased=True), names)
+    text_vqa, viz_wiz = [], []
     for i in range(few):
-        true = draw("fonts", ood / "TextVQA/train_images", f"{i:016x}.jpg")
-        text, people = question(true, False)
-        records["TextVQA"].append({"image_id": f"{i:016x}", "question": text, "answers": people})
-        true = draw("sketch", ood / "VizWiz/val", f"VizWiz_val_{i:08d}.jpg")
-        text, people = question(true, False)
-        item = {"image": f"VizWiz_val_{i:08d}.jpg", "question": text, "answers": as_dicts(people)}
-        records["VizWiz"].append(item)
-    (ood / "TextVQA/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": records["TextVQA"]}))
-    (ood / "VizWiz/val.json").write_text(json.dumps(records["VizWiz"]))
+        name = f"{i:016x}"
+        text, people = fonts(ood / f"TextVQA/train_images/{name}.jpg")
+        text_vqa.append({"image_id": name, "question": text, "answers": people})
+        name = f"VizWiz_val_{i:08d}.jpg"
+        text, people = sketch(ood / f"VizWiz/val/{name}")
+        viz_wiz.append({"image": name, "question": text, "answers": as_dicts(people)})
+    (ood / "TextVQA/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": text_vqa}))
+    (ood / "VizWiz/val.json").write_text(json.dumps(viz_wiz))
     return folder, ood

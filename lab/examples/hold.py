@@ -20,6 +20,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import spd  # noqa: E402
 
 
+def parameters(optimiser):
+    """Every parameter, and whether its group maximises. Raises ValueError for complex ones."""
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError("hold: complex parameters are not supported")
+            yield p, group.get("maximize", False)
+
+
+@torch.no_grad()
+def gradients(optimiser):
+    """{parameter: copy of its gradient, as for minimising}; some optimisers write to p.grad."""
+    return {
+        p: -p.grad if maximize else p.grad.clone()
+        for p, maximize in parameters(optimiser)
+        if p.grad is not None
+    }
+
+
+@torch.no_grad()
+def pull_back(before, anchors, grads, spd_lambda):
+    """Eqs. (3), (4), (9) for each parameter that has a gradient."""
+    for p, grad in grads.items():
+        c = spd.condition(grad, before[p], anchors[p])
+        r = spd.deviation_ratio(*spd.squared_deviations(before[p], p, anchors[p]))
+        p.copy_(spd.project(p, anchors[p], c, r, spd_lambda))
+
+
 def hold(optimiser, spd_lambda=1.0, anchor="pretrained"):
     """Eqs. (3), (4), (9) around each step of any torch optimiser. Returns a function that ends it.
 
@@ -34,48 +62,34 @@ def hold(optimiser, spd_lambda=1.0, anchor="pretrained"):
     optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate wraps it
     anchors, before, grads = {}, {}, {}
 
-    def each():
-        for group in optimiser.param_groups:
-            for p in group["params"]:
-                if p.is_complex():
-                    raise ValueError("hold: complex parameters are not supported")
-                if p not in anchors:
-                    start = p.detach()
-                    anchors[p] = (
-                        start.clone() if anchor == "pretrained" else torch.zeros_like(start)
-                    )
-                yield p, group.get("maximize", False)
+    def add_anchors():
+        for p, _ in parameters(optimiser):
+            if p not in anchors:
+                anchors[p] = p.detach().clone() if anchor == "pretrained" else torch.zeros_like(p)
 
-    @torch.no_grad()
-    def remember():  # now: some optimisers write to p.grad
-        for p, maximize in each():
-            if p.grad is not None:
-                grads[p] = -p.grad if maximize else p.grad.clone()
-
-    def keep(_, args, kwargs):
+    def before_step(_, args, kwargs):
+        add_anchors()  # of groups that are new
+        before.update((p, p.detach().clone()) for p in anchors)
         grads.clear()
-        before.update((p, p.detach().clone()) for p, _ in each())
         closure = kwargs.pop("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            return remember()
+            grads.update(gradients(optimiser))
+            return None  # the arguments stay
 
         def first():
             loss = closure()
             if not grads:
-                remember()
+                grads.update(gradients(optimiser))
             return loss
 
         return (args[0], first, *args[2:]), kwargs
 
-    @torch.no_grad()
-    def pull_back(*_):
-        for p, grad in grads.items():
-            c = spd.condition(grad, before[p], anchors[p])
-            r = spd.deviation_ratio(*spd.squared_deviations(before[p], p, anchors[p]))
-            p.copy_(spd.project(p, anchors[p], c, r, spd_lambda))
+    def after_step(*_):
+        pull_back(before, anchors, grads, spd_lambda)
         before.clear()
         grads.clear()
 
-    list(each())
-    hooks = optimiser.register_step_pre_hook(keep), optimiser.register_step_post_hook(pull_back)
+    add_anchors()
+    hooks = [optimiser.register_step_pre_hook(before_step)]
+    hooks.append(optimiser.register_step_post_hook(after_step))
     return lambda: [hook.remove() for hook in hooks]

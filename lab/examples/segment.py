@@ -163,7 +163,9 @@ def main(argv=None):
             train.fit(config, "pre-training", model, *args)
         score = partial(evaluate, pairs=val, classes=classes, config=config, pool=pool)
         args = len(pairs), partial(batch_of, pairs), loss_fn, score
-        return train.compare(config, model, *args, special=special)
+        rows = train.compare(config, model, *args, special=special)
+    train.print_rows(rows, common.steps_of(config, len(pairs)))
+    return rows
 
 
 if __name__ == "__main__":

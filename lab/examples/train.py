@@ -78,10 +78,8 @@ def pretrained(config, *classes):
 
 
 def fit(config, name, model, n, batch_of, loss_fn, optimiser):
-    """Train over seeded epochs of n items; returns the number of steps. Raises InputError when the
-    loss is not finite.
-    """
-    steps = config.epochs * math.ceil(n / config.batch)
+    """Train over seeded epochs of n items. Raises InputError when the loss is not finite."""
+    steps = common.steps_of(config, n)
     device, warmup = next(model.parameters()).device, min(config.warmup, steps // 10)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     common.set_seed(config.seed)
@@ -107,17 +105,15 @@ def fit(config, name, model, n, batch_of, loss_fn, optimiser):
                 raise common.InputError(f"{name}: the loss is {loss} at step {step}; lower --lr")
             bar.update()
     model.eval()
-    return steps
 
 
-def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", special=None,
-            about=()):  # fmt: skip
+def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", special=None):
     """Train the trainable parameters with AdamW and with AdamSPD at each strength, from the same
-    weights over the same batches; print and return rows {"method", columns of score, "deviation"}.
+    weights over the same batches.  -> rows {"method", columns of score, "deviation"}
 
     batch_of([(index, augmentation seed), ...]) -> tuple of tensors; loss_fn(batch) -> scalar;
-    score(model) -> {column: percent}; about: the columns to speak of, else the first and the last.
-    anchor, special: AdamSPD's and param_groups'. Kept is the last epoch; the paper keeps the best.
+    score(model) -> {column: percent}. anchor, special: AdamSPD's and param_groups'. Kept is the
+    last epoch; the paper keeps the best.
     """
     own = {k: p for k, p in model.named_parameters() if p.requires_grad}
     start = {k: v.detach().clone() for k, v in (own | dict(model.named_buffers())).items()}
@@ -142,8 +138,15 @@ def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", spe
         with torch.no_grad():
             for k, v in (own | dict(model.named_buffers())).items():
                 v.copy_(start[k])
-        steps = fit(config, name, model, n, batch_of, loss_fn, optimiser_of(strength))
+        fit(config, name, model, n, batch_of, loss_fn, optimiser_of(strength))
         rows.append({"method": name, **score(model), "deviation": deviation()})
+    return rows
+
+
+def print_rows(rows, steps, about=()):
+    """compare's table, then each strength less AdamW in the columns `about`, by default the first
+    and the last.
+    """
     header = list(rows[0])
     lines = [[r["method"], *(f"{r[c]:.1f}" for c in header[1:-1]), f"{r['deviation']:.3g}"]
              for r in rows]  # fmt: skip
@@ -153,4 +156,3 @@ def compare(config, model, n, batch_of, loss_fn, score, anchor="pretrained", spe
         gains = ", ".join(f"{c} {r[c] - base[c]:+.1f}" for c in about)
         print(f"{r['method']} less AdamW: {gains}; deviation {r['deviation']:.3g} against "
               f"{base['deviation']:.3g}")  # fmt: skip
-    return rows

@@ -123,6 +123,69 @@ def read_set(folder, images, part="", val=()):
     return items
 
 
+def read_sets(folder, ood, images):
+    """Items of VQAv2's train, and {set: items} of its val and of every folder in `ood`, if given.
+
+    images: a folder, or "" for the one of the data. Raises InputError.
+    """
+    if ood and not Path(ood).is_dir():
+        raise common.InputError(f"--ood {ood}: expected a folder with a folder for each set")
+    images = {p.name: p for p in Path(images or folder).rglob("*.*")}
+    items = read_set(folder, images, "train2014")
+    tests = {"VQAv2": read_set(folder, images, "val2014")}
+    for place in sorted(p for p in Path(ood).iterdir() if p.is_dir()) if ood else ():
+        tests[place.name] = read_set(place, images, val=tests["VQAv2"])
+    return items, tests
+
+
+def load_model(config, items):
+    """Processor and PaliGemma. Raises InputError."""
+    if config.model == "random":
+        return tiny_paligemma([w for i in items for w in (i["question"], *i["answers"])])
+    import transformers as t
+
+    return train.pretrained(config, t.AutoProcessor, t.PaliGemmaForConditionalGeneration)
+
+
+def encode(processor, items, side, **suffix):
+    """What the model takes for questions and images, padded on the "left" or "right" side."""
+    pictures = [read_rgb(item["image"]) for item in items]
+    text = [f"<image>answer en {item['question']}" for item in items]
+    options = {"return_tensors": "pt", "padding": True, "padding_side": side}
+    return processor(images=pictures, text=text, **options, **suffix)
+
+
+def training_batch(processor, items):
+    """The model's INPUTS, with the answer that most people gave as the label."""
+    answers = [Counter(item["answers"]).most_common(1)[0][0] for item in items]
+    inputs = encode(processor, items, "right", suffix=answers)
+    return tuple(inputs[k] for k in INPUTS)
+
+
+def respond(model, processor, items):
+    """The model's answers as text, 10 tokens at most."""
+    inputs = encode(processor, items, "left").to(model.device)
+    inputs.pop("labels", None)
+    out = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    out = out[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(out, skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def evaluate(model, processor, tests, config):
+    """{set: VQA accuracy in percent}, and the mean of the sets after the first, if any."""
+    columns = {}
+    for name, test in tests.items():
+        points = 0.0
+        for i in range(0, len(test), config.batch):
+            part = test[i : i + config.batch]
+            pairs = zip(respond(model, processor, part), part, strict=True)
+            points += sum(accuracy(text, item["answers"]) for text, item in pairs)
+        columns[name] = 100 * points / len(test)
+    shifts = list(columns.values())[1:]
+    return columns | ({"mean OOD": sum(shifts) / len(shifts)} if shifts else {})
+
+
 def main(argv=None):
     config = common.parse(Config, argv, __doc__)
     train.need("transformers", "peft")
@@ -130,56 +193,23 @@ def main(argv=None):
     if config.data == "generated":
         common.apply_preset(config, "generated", PRESETS)
         folder, ood = vqa_items(Path(config.out), config.items, config.seed)
-    if ood and not Path(ood).is_dir():
-        raise common.InputError(f"--ood {ood}: expected a folder with a folder for each set")
-    images = {p.name: p for p in Path(config.images or folder).rglob("*.*")}
-    items = read_set(folder, images, "train2014")
-    tests = {"VQAv2": read_set(folder, images, "val2014")}
-    for place in sorted(p for p in Path(ood).iterdir() if p.is_dir()) if ood else ():
-        tests[place.name] = read_set(place, images, val=tests["VQAv2"])
+    items, tests = read_sets(folder, ood, config.images)
     common.set_seed(config.seed)
-    if config.model == "random":
-        words = [w for i in items for w in (i["question"], *i["answers"])]
-        processor, model = tiny_paligemma(words)
-    else:
-        import transformers as t
-
-        classes = t.AutoProcessor, t.PaliGemmaForConditionalGeneration
-        processor, model = train.pretrained(config, *classes)
+    processor, model = load_model(config, items)
     model = train.adapted(config, model, 2 * config.rank, LAYERS, dropout=0.05)
 
-    def encode(part, **suffix):
-        pictures = [read_rgb(item["image"]) for item in part]
-        text = [f"<image>answer en {item['question']}" for item in part]
-        return processor(images=pictures, text=text, return_tensors="pt", padding=True, **suffix)
-
     def batch_of(rows):
-        part = [items[i] for i, _ in rows]
-        inputs = encode(part, suffix=[Counter(i["answers"]).most_common(1)[0][0] for i in part])
-        return tuple(inputs[k] for k in INPUTS)
+        return training_batch(processor, [items[i] for i, _ in rows])
 
     def loss_fn(batch):
         return model(**dict(zip(INPUTS, batch, strict=True))).loss
 
-    @torch.inference_mode()
     def score(model):
-        processor.tokenizer.padding_side, columns = "left", {}
-        for name, test in tests.items():
-            points = 0.0
-            for i in range(0, len(test), config.batch):
-                part = test[i : i + config.batch]
-                inputs = encode(part).to(model.device)
-                inputs.pop("labels", None)
-                out = model.generate(**inputs, max_new_tokens=10, do_sample=False)
-                out = out[:, inputs["input_ids"].shape[1] :]
-                texts = processor.batch_decode(out, skip_special_tokens=True)
-                pairs = zip(texts, part, strict=True)
-                points += sum(accuracy(text, item["answers"]) for text, item in pairs)
-            columns[name] = 100 * points / len(test)
-        processor.tokenizer.padding_side, shifts = "right", list(columns.values())[1:]
-        return columns | ({"mean OOD": sum(shifts) / len(shifts)} if shifts else {})
+        return evaluate(model, processor, tests, config)
 
-    return train.compare(config, model, len(items), batch_of, loss_fn, score, anchor="zero")
+    rows = train.compare(config, model, len(items), batch_of, loss_fn, score, anchor="zero")
+    train.print_rows(rows, common.steps_of(config, len(items)))
+    return rows
 
 
 if __name__ == "__main__":
