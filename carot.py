@@ -189,8 +189,9 @@ def singular_values(features):
 class Distilled(nn.Module):
     """A CLIP in training and, on demand, its teacher: one module, so that checkpoints have both."""
 
-    def __init__(self, model, teacher):
+    def __init__(self, model, teacher, micro=0):
         super().__init__()
+        self.micro = micro  # see `encode`; it changes no gradient, and no name of a checkpoint
         self.student = copy.deepcopy(model)
         self.teacher = copy.deepcopy(model).requires_grad_(False) if teacher else None
         self.register_buffer("updates", torch.tensor(0))  # of the teacher
@@ -270,23 +271,18 @@ def pair_training(config, name, clip, data, extra=None):
     `carot_loss`. extra(f, logits) -> [], of image features [B, D], is added to it (the ablations').
     """
     device = common.pick_device(config.device)
-    module = Distilled(clip.model, teacher=config.sd > 0).to(device)
+    module = Distilled(clip.model, config.sd > 0, config.micro_batch).to(device)
     student, teacher = module.student, module.teacher
     coefficients = config.oc, config.sd, config.cross_fnorm
     forms = {"oc": config.oc_form, "cross": config.cross_form}
 
-    # The size of a piece changes no gradient. It is bound here, and not read in loss_fn, so that it
-    # is no part of the checkpoint's name.
-    encode_pairs = functools.partial(encode, micro=config.micro_batch)
-    taught_logits = functools.partial(logits_of, micro=config.micro_batch)
-
     def loss_fn(batch):
-        f, g = encode_pairs(student, *batch)
+        f, g = encode(student, *batch, module.micro)
         taught = None
         if config.sd and module.updates:  # not in step 0, where the teacher is the student
             teacher.eval()  # for BatchNorm
             with torch.no_grad():
-                taught = taught_logits(teacher, *batch)
+                taught = logits_of(teacher, *batch, module.micro)
         W = projections(student) if config.oc or config.cross_fnorm else (None, None)
         with torch.autocast(device.type, enabled=False):
             logits = similarity(f, g, student.logit_scale.exp())

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import typing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -892,15 +893,15 @@ def parse(Config, argv, doc):
     parser = argparse.ArgumentParser(description=doc, exit_on_error=False, **look)
     shared = parser.add_argument_group("settings that all scripts share")
     method = parser.add_argument_group("settings of this script")
-    types = typing.get_type_hints(Config)
+    types_of = typing.get_type_hints(Config)
     fields = [f for f in dataclasses.fields(Config) if "help" in f.metadata]
     for f in fields:
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         options = {"help": text, "default": argparse.SUPPRESS}
-        if types[f.name] is bool:
+        if types_of[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": types[f.name], "choices": f.metadata["choices"] or None}
+            options |= {"type": types_of[f.name], "choices": f.metadata["choices"] or None}
         group = shared if f.name in Run.__dataclass_fields__ else method
         group.add_argument(option(f.name), **options)
     try:
@@ -1370,11 +1371,15 @@ def hash_of(*things):
     return digest.hexdigest()[:20]
 
 
+FUNCTIONS = types.FunctionType, types.MethodType, functools.partial
+
+
 def code_of(thing, seen=()):
     """The program behind a function, class or object, for `hash_of`: its own definition, those of
     all that it names in its file, of what these name, and so on; that of the functions, and the
     numbers and strings, that it closes over or reads of a config that it closes over. Comments,
-    docstrings and line breaks change nothing. Not seen is what it calls in other files.
+    docstrings and line breaks change nothing. Not seen is what it calls in other files, and an
+    object that it closes over.
     """
     bound = ()
     if isinstance(thing, functools.partial):
@@ -1383,19 +1388,22 @@ def code_of(thing, seen=()):
     if not hasattr(thing, "__qualname__"):  # an object: its class, and the numbers that it holds
         return [code_of(type(thing)), [f"{k}={v}" for k, v in vars(thing).items() if plain(v)]]
     cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    cells += getattr(thing, "__defaults__", None) or ()
+    cells += (getattr(thing, "__kwdefaults__", None) or {}).values()
     if inspect.ismethod(thing):
-        cells += vars(thing.__self__).values()
+        cells += getattr(thing.__self__, "__dict__", {}).values()
     configs = [x for x in cells if dataclasses.is_dataclass(x)]
     names = names_in(thing.__code__) if configs else ()  # attributes among them
     held, seen = [*bound, *cells], (*seen, thing)
     values = [*held, *(getattr(x, name, None) for x in configs for name in names)]
     values = [str(x) for x in values if plain(x)]
-    values += [code_of(x, seen) for x in held if inspect.isfunction(x) and x not in seen]
+    values += [code_of(x, seen) for x in held if isinstance(x, FUNCTIONS) and x not in seen]
     defined, found, todo = definitions(thing), {}, [thing.__qualname__.split(".")[0]]
     # A lambda has no name of its own; what was typed into a console or a notebook has no file.
     if "<lambda>" in thing.__qualname__ or todo[0] not in defined:
         functions = [f for f in (thing, *vars(thing).values()) if hasattr(f, "__code__")]
         values += [(f.__code__.co_code.hex(), names_in(f.__code__)) for f in functions]
+        todo += [name for f in functions for name in names_in(f.__code__)]
     while todo:
         name = todo.pop()
         if name in defined and name not in found:

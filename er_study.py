@@ -674,7 +674,7 @@ def main(argv=None):
     prepare.cache_clear()  # the data may be others by now
     config, *_, measurement = prepare(argv)
     seeds = range(config.seed, config.seed + config.seeds)
-    runs = [(name, seed) for seed in seeds for name in recipes(config)]
+    runs = [(name, seed) for name in recipes(config) for seed in seeds]
     found = common.in_processes(one_run, argv, runs, config.jobs, config.device)
     points = [p for of_run in found for p in of_run]
     print_tables(measurement, points)

@@ -174,7 +174,7 @@ class AdamSPD(torch.optim.Optimizer):
                  Differs (S2): the anchors are kept by parameter, so that any groups will do.
     condition    "code": of each step alone, as the authors' code; "paper": accumulated (S4).
     weight_decay AdamW's, towards 0, taken off last, since c_t is of the weights where the gradient
-                 was taken. 0 is SPD as published.
+                 was taken (a copy of the weights during the step). 0 is SPD as published.
     master       fp16 and bf16 weights have a copy in fp32, and the steps change that one: otherwise
                  they lose every change that is smaller than their grid. The copy is the truth then.
     fused        the compiled kernel. None: where csrc/ is there and a group's contiguous tensors,
@@ -407,8 +407,12 @@ def param_groups(model, special=None):
 if (HERE / "er_study.py").is_file():
     import common
 else:  # a copy in another project, whose common.py is none of ours: only AdamSPD is of use there
-    common = SimpleNamespace(Run=object, arg=lambda default, *_, **__: default)
-    common.run = lambda main: sys.exit("a copy of spd.py has AdamSPD alone; import it from here")
+
+    def refuse(main):
+        print("a copy of spd.py has AdamSPD alone; import it from here", file=sys.stderr)
+        sys.exit(2)
+
+    common = SimpleNamespace(Run=object, arg=lambda default, *_, **__: default, run=refuse)
 
 # --- L2-SP, to compare with -----------------------------------------------------------------------
 

@@ -369,6 +369,19 @@ def test_a_finished_trajectory_is_not_trained_again_and_a_lost_one_is(
     assert follow(world) == points and path.read_text() == before
 
 
+def test_another_recipe_or_training_set_is_another_trajectory(world, monkeypatch):
+    names, (config, data, *rest) = [], world
+
+    def record(config, measurement, run, init, key, *others):
+        names.append(common.hash_of(key))
+
+    monkeypatch.setattr(er_study, "record", record)
+    for change in ({}, {}, {"batch": 8}, {"weight_decay": 0.2}, {"warmup": 3}):
+        follow((dataclasses.replace(config, **change), data, *rest))
+    follow((config, dataclasses.replace(data, train=data.test), *rest))
+    assert names[0] == names[1] and len(set(names)) == len(names) - 1
+
+
 def test_a_trajectory_that_cannot_be_written_stops_the_run(world, tmp_path):
     (tmp_path / "trajectories").write_text("a file")
     with pytest.raises(common.InputError, match="cannot be written; the same command continues"):

@@ -313,10 +313,10 @@ def test_l2_sp_has_new_layers_and_zero_anchors_too():
 def test_an_anchor_that_is_changed_to_the_origin_is_the_origin():
     ends = []
     for late in (False, True):
-        param = nn.Parameter(torch.ones(3))
+        param = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
         optimiser = spd.AdamSPD([param], lr=0.1, anchor="pretrained" if late else "zero")
         optimiser.param_groups[0]["anchor"] = "zero"
-        for sign in (-1.0, 1.0, 1.0):
+        for sign in (-1.0, -1.0, 1.0):
             param.grad = torch.full((3,), sign)
             optimiser.step()
         ends.append(param.data)
