@@ -308,6 +308,20 @@ def pairs_in_fp64(clip, n=10):
     return copy.deepcopy(clip.model).double(), images, clip.tokenizer(["one", "two"] * (n // 2))
 
 
+def test_the_loss_encodes_as_many_pairs_at_a_time_as_micro_batch_says(clip, tmp_path, monkeypatch):
+    sizes, of_pair = [], carot.checkpoint
+
+    def watched(encode_piece, images, texts, **options):
+        sizes.append(len(images))
+        return of_pair(encode_piece, images, texts, **options)
+
+    monkeypatch.setattr(carot, "checkpoint", watched)
+    config = small_config(tmp_path, batch=10, micro_batch=4)
+    _, training = carot.pair_training(config, "CaRot", clip, digits())
+    training.loss_fn(next(training.batches_from(0)))
+    assert sizes == [4, 4, 2]
+
+
 @pytest.mark.parametrize("micro", [3, 9])
 def test_the_gradient_in_pieces_is_that_of_the_whole_batch(micro, clip):
     whole, pieces = (gradients(*pairs_in_fp64(clip), m) for m in (0, micro))
