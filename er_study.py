@@ -188,10 +188,10 @@ def recipes(config):
     rates = {"zero-shot": common.numbers(config.lr, "--lr"), "new-head": [config.lr_new]}
     rates |= {"head-only": [config.lr_head], "random": [config.lr_random]}
     found = {}
-    for kind in sorted(wanted, key=lambda kind: kind != "random"):  # the longest first
+    for kind in wanted:
         epochs = config.epochs_random if kind == "random" else config.epochs
         found |= {f"{kind}, lr {lr:g}": (kind, lr, epochs) for lr in rates[kind]}
-    return found
+    return dict(sorted(found.items(), key=lambda run: -run[1][2]))  # the longest first
 
 
 def start_of(config, zero_shot, init):
