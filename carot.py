@@ -22,10 +22,11 @@ orthonormal; for the calibration it learns from a slow average of itself.
     python carot.py                   # embedded digits, 4 minutes; CaRot: ID 93, shifts 75
     python carot.py --data /imagenet  # CLIP ViT-B/16; not measured by us; paper: shifts 62.55
 
-Where the paper, the authors' code and this script part is marked at its line (grep Differs); the
-reasons stand in docs/differences.md: T2, T4 forms of the losses (--oc-form paper and --cross-form
-paper are the paper's), T3 W_v of ResNets, T5 cross-entropy for KL, T6 ramp of the momentum, T7 ECE
-over whole sets, T10 BatchNorm, T11 clipping, T12 pieces, T18 features of sigma_min.
+Where the paper, the authors' code and this script part is marked at its line (grep Differs, also in
+common.py); the reasons stand in docs/differences.md: A10 ID val a held-out part of train, T2, T4
+forms of the losses (--oc-form paper and --cross-form paper are the paper's), T3 W_v of ResNets, T5
+cross-entropy for KL, T6 ramp of the momentum, T7 ECE over whole sets, T10 BatchNorm, T11 clipping,
+T12 pieces, T18 features of sigma_min.
 """
 
 import collections
